@@ -1,0 +1,177 @@
+"""The hyperparameters of Adam: their ranges, and the coefficients of each step.
+
+Every range check of the package stands here. Coefficients are formed in float64 and rounded once to the dtype
+of the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastadam.kernels import rules
+
+Floating: TypeAlias = np.dtype[np.floating[Any]]
+
+
+def _real(name: str, value: object) -> float:
+    # bool is a number to Python, never a hyperparameter to a person.
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        raise ValueError(f"{name} must be finite; got {number}.")
+    raise TypeError(f"{name} must be a real number; got {type(value).__name__}.")
+
+
+def _at_least_zero(name: str, value: object) -> float:
+    number = _real(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0; got {number}.")
+    return number
+
+
+def _beta(name: str, value: object) -> float:
+    number = _real(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1); got {number}.")
+    return number
+
+
+def _betas(value: object) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"betas must be a pair of real numbers; got {type(value).__name__}.")
+    if len(value) != 2:
+        raise ValueError(f"betas must be a pair of real numbers; got {len(value)} values.")
+    return _beta("betas[0]", value[0]), _beta("betas[1]", value[1])
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}.")
+    return bool(value)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The hyperparameters of Adam, with PyTorch's names, meanings and defaults.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate, at least 0.
+    betas : tuple of float
+        Decay rates of the first and second moment, each in [0, 1).
+    eps : float
+        Added to the root of the debiased second moment, at least 0.
+    weight_decay : float
+        Weight decay, at least 0.
+    decoupled_weight_decay : bool
+        False: L2, added to the gradient. True: AdamW, scaled by ``lr``.
+    amsgrad : bool
+        Divide by the maximum of the second moments so far.
+    maximize : bool
+        Ascend.
+
+    Raises
+    ------
+    TypeError
+        If a number is not a real number, or a flag not a bool.
+    ValueError
+        If a number is not finite or out of its range.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        checked = {
+            "lr": _at_least_zero("lr", self.lr),
+            "betas": _betas(self.betas),
+            "eps": _at_least_zero("eps", self.eps),
+            "weight_decay": _at_least_zero("weight_decay", self.weight_decay),
+            "decoupled_weight_decay": _flag("decoupled_weight_decay", self.decoupled_weight_decay),
+            "amsgrad": _flag("amsgrad", self.amsgrad),
+            "maximize": _flag("maximize", self.maximize),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the state that the rule keeps, in the order of the rule's ``state``."""
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+class Coefficients:
+    """The coefficients of every step in one dtype; what does not depend on the step is rounded only once.
+
+    Parameters
+    ----------
+    hyperparameters : Hyperparameters
+    dtype : dtype
+        float32 or float64.
+
+    Attributes
+    ----------
+    direction : Maximize or None
+    decay : L2Decay, DecoupledDecay or None
+        Of :mod:`fastadam.kernels.rules`.
+
+    Raises
+    ------
+    ValueError
+        If a coefficient overflows in ``dtype``, or if ``eps`` becomes zero in it.
+    """
+
+    def __init__(self, hyperparameters: Hyperparameters, dtype: Floating) -> None:
+        h = hyperparameters
+        beta1, beta2 = h.betas
+        largest = float(np.finfo(dtype).max)
+        extremes = {
+            "lr / (1 - betas[0])": h.lr / (1 - beta1),
+            "eps": h.eps,
+            "weight_decay": h.weight_decay,
+            "lr * weight_decay": h.lr * h.weight_decay,
+        }
+        for name, value in extremes.items():
+            if value > largest:
+                raise ValueError(
+                    f"{name} must be at most {largest:.7g} for {dtype} buffers; got {value:.7g}."
+                )
+        rounded = dtype.type
+        if h.eps > 0 and rounded(h.eps) == 0:
+            raise ValueError(f"eps must not round to 0 in {dtype}; got {h.eps}.")
+
+        self.dtype = dtype
+        self.direction = rules.Maximize() if h.maximize else None
+        self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
+        if h.weight_decay > 0:
+            self.decay = (
+                rules.DecoupledDecay(rounded(h.lr * h.weight_decay))
+                if h.decoupled_weight_decay
+                else rules.L2Decay(rounded(h.weight_decay))
+            )
+        self._rule: type[rules.Adam] = rules.AMSGrad if h.amsgrad else rules.Adam
+        self._rounded = rounded
+        self._lr, self._beta1, self._beta2 = h.lr, beta1, beta2
+        self._averaging = (rounded(beta1), rounded(1 - beta1), rounded(beta2), rounded(1 - beta2))
+        self._eps = rounded(h.eps)
+
+    def rule(self, step: int) -> rules.Adam:
+        """Return the rule's coefficients for step number ``step``, counted from 1."""
+        return self._rule(
+            self._rounded(self._lr / (1 - self._beta1**step)),
+            *self._averaging,
+            self._rounded(1 / (1 - self._beta2**step)),
+            self._eps,
+        )

@@ -1,0 +1,155 @@
+"""What an optimizer remembers between steps: the moments and the step counter."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastadam import buffers
+from fastadam.buffers import Array
+
+_CACHE_LINE = 16
+"""Elements that a moment's size is rounded up to: 64 bytes of float32."""
+
+
+class State:
+    """The moments and the step counter of one optimizer.
+
+    The meanings are PyTorch's: the moments are not debiased, ``step`` counts the steps taken. The attributes
+    cannot be set; the arrays are the optimizer's own, flat, with the size and dtype of the parameters.
+
+    Parameters
+    ----------
+    names : tuple of str
+        The moments, in the order of the rule's ``state``.
+    size : int
+        Elements of each.
+    dtype : dtype
+        Of each.
+    step : int
+        Steps taken.
+
+    Attributes
+    ----------
+    arrays : tuple of ndarray, each of shape (n,)
+        The moments in the order of the rule's ``state``; empty before the first step.
+    block : ndarray
+        The memory that all of them share.
+    """
+
+    # Plain slots, not properties: every step reads them.
+    __slots__ = ("_names", "_step", "arrays", "block")
+
+    def __init__(
+        self, names: tuple[str, ...] = (), size: int = 0, dtype: Any = np.float32, step: int = 0
+    ) -> None:
+        # One block for all moments, each starting on a cache line: one allocation, one overlap check. Fresh
+        # pages are zero without being touched.
+        stride = -(-size // _CACHE_LINE) * _CACHE_LINE
+        self._names = names
+        self.block: Array = np.zeros(len(names) * stride, dtype)
+        self.arrays: tuple[Array, ...] = tuple(
+            self.block[i * stride : i * stride + size] for i in range(len(names))
+        )
+        self._step = step
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any], names: tuple[str, ...], current: State) -> State:
+        """Return the state that ``to_dict`` gave, in arrays of its own.
+
+        Parameters
+        ----------
+        entries : mapping
+            ``"step"`` and, unless no step was taken, the moments.
+        names : tuple of str
+            The moments that the rule keeps.
+        current : State
+            The state to be replaced; where it has moments, the new ones must be of their size and dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the step is no count, or a moment is missing or of another size or dtype.
+        """
+        step = entries["step"]
+        if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+            raise TypeError(f"state_dict['step'] must be an integer; got {type(step).__name__}.")
+        if step < 0:
+            raise ValueError(f"state_dict['step'] must be at least 0; got {step}.")
+        present = [name for name in names if name in entries]
+        if step == 0 and not present:
+            return cls()
+        require_keys(present, names)
+
+        moments: dict[str, Array] = {}
+        for name in names:
+            moment = buffers.flat(entries[name], f"state_dict['{name}']", writable=False)
+            others = {"the state": current.arrays, f"state_dict['{names[0]}']": tuple(moments.values())}
+            for other_name, arrays in others.items():
+                for other in arrays[:1]:
+                    buffers.require_same_layout(f"state_dict['{name}']", moment, other_name, other)
+            moments[name] = moment
+
+        first = moments[names[0]]
+        state = cls(names, first.size, first.dtype, int(step))
+        for array, moment in zip(state.arrays, moments.values(), strict=True):
+            array[...] = moment
+        return state
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``step`` and copies of the moments."""
+        return {"step": self._step, **{name: moment.copy() for name, moment in self.moments.items()}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._names, self.to_dict())
+
+    def advance(self) -> None:
+        """Count one more step."""
+        self._step += 1
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
+
+    @property
+    def moments(self) -> dict[str, Array]:
+        """A new dict of name -> moment; empty before the first step."""
+        return dict(zip(self._names, self.arrays, strict=True))
+
+    @property
+    def exp_avg(self) -> Array | None:
+        """Moving average of the gradient, shape (n,), or None before the first step."""
+        return self.moments.get("exp_avg")
+
+    @property
+    def exp_avg_sq(self) -> Array | None:
+        """Moving average of the squared gradient, shape (n,), or None before the first step."""
+        return self.moments.get("exp_avg_sq")
+
+    @property
+    def max_exp_avg_sq(self) -> Array | None:
+        """Maximum of ``exp_avg_sq`` so far, shape (n,), or None without AMSGrad or before the first step."""
+        return self.moments.get("max_exp_avg_sq")
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name}={array.dtype}[{array.size}]" for name, array in self.moments.items())
+        return f"State(step={self._step}{', ' if arrays else ''}{arrays})"
+
+
+def require_keys(keys: Any, expected: Any) -> None:
+    """Raise ValueError unless ``keys`` of a state dict are exactly ``expected``."""
+    missing = [key for key in expected if key not in keys]
+    unknown = [key for key in keys if key not in expected]
+    if missing:
+        raise ValueError(f"state_dict must have the keys {list(expected)}; {missing} missing.")
+    if unknown:
+        raise ValueError(f"state_dict must have no keys but {list(expected)}; got {unknown} too.")
+
+
+def _restore(names: tuple[str, ...], entries: dict[str, Any]) -> State:
+    """Undo ``State.__reduce__``: the moments share one block again."""
+    return State.from_dict(entries, names, State())

@@ -1,0 +1,5 @@
+"""The kernels of fastadam: they see arrays and scalars only, and never validate.
+
+Floors: ``rules`` and ``storage`` at the bottom, then ``compiling`` and ``threads``, then one module per kind
+of device (``cpu``). Nothing here imports from the thin API above.
+"""

@@ -1,0 +1,93 @@
+"""The compile policy: how Numba sees the rules, and one decorator for every compiled loop.
+
+The policy, and why:
+
+- ``error_model="numpy"`` on loops and rules: Python's raises on division by zero, a branch in the loop that
+  removes SIMD. ``x / 0`` is inf or NaN in the element, as in NumPy.
+- ``nogil``: a step runs beside other Python threads.
+- no ``fastmath``, not even ``contract``: the bits of a step are those of :mod:`fastadam.kernels.rules`.
+- cached on disk, where the disk allows it (:class:`_TolerantCache`). Numba's cache knows nothing of functions
+  in other files (rules, storage) and of jit options. A loop's closure is part of the cache's key, so each
+  loop closes over a key with the digest of all sources of this package and the options: an edit of any file
+  here is an edit of every loop, and the parallel loop never runs the machine code of the serial one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+from numba.extending import overload
+
+from . import rules
+
+JIT_OPTIONS = {"error_model": "numpy"}
+
+
+def _digest_of_sources() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+SOURCE_DIGEST = _digest_of_sources()
+"""A digest of the source files of this package."""
+
+
+class _TolerantCache(FunctionCache):  # type: ignore[misc]
+    """Numba's disk cache, except that trouble with the disk only costs the cache.
+
+    Numba raises when an index or a data file cannot be read or written (a read-only or full disk, a file
+    cut short): an optimizer step must not fail for that.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = False) -> Any:
+    """Compile a loop over buffers by the policy of this module.
+
+    ``make_loop(cache_key)`` returns the loop, which must name ``cache_key`` somewhere in its body.
+    """
+    options = {**JIT_OPTIONS, "nogil": True, "parallel": parallel}
+    loop = make_loop(f"{SOURCE_DIGEST} {options}")
+    dispatcher = numba.njit(loop, **options)
+    with contextlib.suppress(RuntimeError):  # no writable place for a cache: do without
+        dispatcher._cache = _TolerantCache(loop)
+    return dispatcher
+
+
+# What Numba compiles for a call of a function of the rules: the type of the coefficients decides.
+# strict=False: Numba's strict check compares annotations as well as names.
+
+
+@overload(rules.update, jit_options=JIT_OPTIONS, strict=False)
+def _update(param: Any, grad: Any, state: Any, direction: Any, decay: Any, rule: Any) -> Any:
+    return rules.update
+
+
+@overload(rules.moving_average, jit_options=JIT_OPTIONS, strict=False)
+def _moving_average(average: Any, value: Any, beta: Any, one_minus_beta: Any) -> Any:
+    return rules.moving_average
+
+
+@overload(rules.transform, jit_options=JIT_OPTIONS, strict=False)
+def _transform(param: Any, grad: Any, c: Any) -> Any:
+    return rules.TRANSFORMS[getattr(c, "instance_class", type(None))]
+
+
+@overload(rules.advance, jit_options=JIT_OPTIONS, strict=False)
+def _advance(param: Any, grad: Any, state: Any, c: Any) -> Any:
+    return rules.RULES[c.instance_class]

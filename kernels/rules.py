@@ -1,0 +1,176 @@
+"""The equations of fastadam, once: scalar Python that every backend compiles.
+
+This is the page to read. One call of :func:`update` computes the new value of *one* element, in this order:
+
+1. direction: turn the gradient around (``maximize``) or leave it;
+2. decay: L2 or decoupled weight decay, or none;
+3. rule: the moments and the parameter (:func:`adam`, :func:`amsgrad`).
+
+Each part is a function of scalars and of a NamedTuple of coefficients, and the *type* of the coefficients
+selects the function: in plain Python by :func:`transform` and :func:`advance` below, in compiled code at
+compile time (:mod:`fastadam.kernels.compiling`). ``None`` in place of a direction or decay costs nothing.
+
+What is allowed here: ``+ - * /``, ``sqrt``, comparisons, conditional expressions, calls of functions of this
+page. These are correctly rounded on every machine, so every backend computes the same bits, as long as
+nobody fuses, reorders or approximates them. All scalars have one dtype, float32 or float64; a float literal
+would promote float32 to float64, so there is none. Coefficients are formed in float64 on the host and rounded
+once (:mod:`fastadam.hyperparameters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import Any, NamedTuple, TypeAlias
+
+Scalar: TypeAlias = Any
+"""A NumPy or compiled scalar of the math dtype."""
+
+Transformed: TypeAlias = tuple[Scalar, Scalar]
+"""``(param, grad)``."""
+
+Advanced: TypeAlias = tuple[Scalar, tuple[Scalar, ...]]
+"""``(param, state)``."""
+
+
+# --- Direction and decay: (param, grad, c) -> (param, grad) -------------------------------------------------
+
+
+def unchanged(param: Scalar, grad: Scalar, c: None) -> Transformed:
+    """Neither direction nor decay: what ``None`` selects."""
+    return param, grad
+
+
+class Maximize(NamedTuple):
+    """Ascend instead of descend."""
+
+
+def maximize(param: Scalar, grad: Scalar, c: Maximize) -> Transformed:
+    """Turn the gradient around: ``grad <- -grad``."""
+    return param, -grad
+
+
+class L2Decay(NamedTuple):
+    """Weight decay as the gradient of ``weight_decay / 2 * ||param||^2``."""
+
+    weight_decay: Scalar
+
+
+def l2_decay(param: Scalar, grad: Scalar, c: L2Decay) -> Transformed:
+    """Add the decay to the gradient: ``grad <- grad + weight_decay * param``."""
+    return param, grad + c.weight_decay * param
+
+
+class DecoupledDecay(NamedTuple):
+    """Weight decay beside the gradient (AdamW), scaled by the learning rate as in PyTorch."""
+
+    lr_times_weight_decay: Scalar
+
+
+def decoupled_decay(param: Scalar, grad: Scalar, c: DecoupledDecay) -> Transformed:
+    """Shrink the parameter: ``param <- param - lr * weight_decay * param``.
+
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", Algorithm 2, line 12. The factor
+    ``1 - lr * weight_decay`` is not formed: rounded to float32 it would lose most digits of a small decay.
+    """
+    return param - c.lr_times_weight_decay * param, grad
+
+
+# --- Rules: (param, grad, state, c) -> (param, state) -------------------------------------------------------
+
+
+def moving_average(average: Scalar, value: Scalar, beta: Scalar, one_minus_beta: Scalar) -> Scalar:
+    """Exponential moving average: ``beta * average + (1 - beta) * value``.
+
+    Written as the step from the nearer end, so that the weights sum to exactly one whatever rounding did to
+    ``beta`` (0.999 and 0.001 rounded to float32 sum to 1 + 1.3e-8, a bias of 1.3e-5 in a second moment), and
+    so that ``beta = 0`` returns ``value``. The condition is the same for all elements: compilers hoist it.
+    """
+    return (
+        average + one_minus_beta * (value - average)
+        if one_minus_beta < beta
+        else value + beta * (average - value)
+    )
+
+
+class Adam(NamedTuple):
+    """Coefficients of one step of :func:`adam`."""
+
+    step_size: Scalar  # lr / (1 - beta1 ** step)
+    beta1: Scalar
+    one_minus_beta1: Scalar
+    beta2: Scalar
+    one_minus_beta2: Scalar
+    inv_bias_correction2: Scalar  # 1 / (1 - beta2 ** step)
+    eps: Scalar
+
+
+def adam(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Adam) -> Advanced:
+    """Adam, with ``state = (exp_avg, exp_avg_sq)``.
+
+    Kingma & Ba, "Adam: A Method for Stochastic Optimization", Algorithm 1; the bias correction of the first
+    moment is part of ``step_size``.
+    """
+    exp_avg, exp_avg_sq = state
+    exp_avg = moving_average(exp_avg, grad, c.beta1, c.one_minus_beta1)
+    exp_avg_sq = moving_average(exp_avg_sq, grad * grad, c.beta2, c.one_minus_beta2)
+    denom = sqrt(exp_avg_sq * c.inv_bias_correction2) + c.eps
+    return param - c.step_size * (exp_avg / denom), (exp_avg, exp_avg_sq)
+
+
+class AMSGrad(Adam):
+    """Coefficients of one step of :func:`amsgrad`: those of :class:`Adam`."""
+
+    __slots__ = ()
+
+
+def amsgrad(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: AMSGrad) -> Advanced:
+    """AMSGrad, with ``state = (exp_avg, exp_avg_sq, max_exp_avg_sq)``.
+
+    Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond", Algorithm 2, with the bias corrections of
+    Adam as in PyTorch: the maximum is taken over the undebiased second moments. NaN is kept.
+    """
+    exp_avg, exp_avg_sq, max_exp_avg_sq = state
+    exp_avg = moving_average(exp_avg, grad, c.beta1, c.one_minus_beta1)
+    exp_avg_sq = moving_average(exp_avg_sq, grad * grad, c.beta2, c.one_minus_beta2)
+    max_exp_avg_sq = max_exp_avg_sq if max_exp_avg_sq > exp_avg_sq else exp_avg_sq
+    denom = sqrt(max_exp_avg_sq * c.inv_bias_correction2) + c.eps
+    return param - c.step_size * (exp_avg / denom), (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+# --- One element --------------------------------------------------------------------------------------------
+
+TRANSFORMS: dict[type, Callable[..., Transformed]] = {
+    type(None): unchanged,
+    Maximize: maximize,
+    L2Decay: l2_decay,
+    DecoupledDecay: decoupled_decay,
+}
+"""Coefficients type -> direction or decay."""
+
+RULES: dict[type, Callable[..., Advanced]] = {Adam: adam, AMSGrad: amsgrad}
+"""Coefficients type -> rule."""
+
+
+def transform(param: Scalar, grad: Scalar, c: Maximize | L2Decay | DecoupledDecay | None) -> Transformed:
+    """Apply the direction or decay that the type of ``c`` selects."""
+    return TRANSFORMS[type(c)](param, grad, c)
+
+
+def advance(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Adam | AMSGrad) -> Advanced:
+    """Apply the rule that the type of ``c`` selects."""
+    return RULES[type(c)](param, grad, state, c)
+
+
+def update(
+    param: Scalar,
+    grad: Scalar,
+    state: tuple[Scalar, ...],
+    direction: Maximize | None,
+    decay: L2Decay | DecoupledDecay | None,
+    rule: Adam | AMSGrad,
+) -> Advanced:
+    """Compute the new parameter and state of one element."""
+    param, grad = transform(param, grad, direction)
+    param, grad = transform(param, grad, decay)
+    return advance(param, grad, state, rule)
