@@ -5,7 +5,7 @@ Nothing here copies, and nothing here writes.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -82,25 +82,34 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Array:
             f"{name} must be writable in place; got a JAX array, which is immutable."
             " Pass a NumPy copy: numpy.array(x)."
         )
-    if hasattr(buffer, "__cuda_array_interface__"):
-        _refuse_device(name, kind)
     try:
-        if hasattr(buffer, "__dlpack__") and hasattr(buffer, "__dlpack_device__"):
-            if int(buffer.__dlpack_device__()[0]) not in _DLPACK_CPU:
-                _refuse_device(name, kind)
-            return np.from_dlpack(buffer)
-        if hasattr(buffer, "__array_interface__") or _has_buffer_protocol(buffer):
-            return np.asarray(buffer, copy=False)
-    except (BufferError, RuntimeError, ValueError) as error:
-        raise TypeError(f"{name} must share its memory; {kind} refuses: {error}") from error
-    raise TypeError(
-        f"{name} must be an array that shares its memory (NumPy, DLPack, __array_interface__ or the buffer"
-        f" protocol); got {type(buffer).__name__}."
-    )
+        on_device = _is_on_device(buffer)
+        array = None if on_device else _share(buffer)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(f"{name} must share its memory; {kind} refuses: {reason}") from error
+    if on_device:
+        raise TypeError(f"{name} must be in CPU memory; got a device array ({kind}). Pass a CPU copy.")
+    if array is None:
+        raise TypeError(
+            f"{name} must be an array that shares its memory (NumPy, DLPack, __array_interface__ or the"
+            f" buffer protocol); got {type(buffer).__name__}."
+        )
+    return array
 
 
-def _refuse_device(name: str, kind: str) -> NoReturn:
-    raise TypeError(f"{name} must be in CPU memory; got a device array ({kind}). Pass a CPU copy.")
+def _is_on_device(buffer: object) -> bool:
+    if hasattr(buffer, "__cuda_array_interface__"):
+        return True
+    return hasattr(buffer, "__dlpack_device__") and int(buffer.__dlpack_device__()[0]) not in _DLPACK_CPU
+
+
+def _share(buffer: Any) -> Array | None:
+    if hasattr(buffer, "__dlpack__"):
+        return np.from_dlpack(buffer)
+    if _has_buffer_protocol(buffer):
+        return np.asarray(memoryview(buffer), copy=False)
+    return np.asarray(buffer, copy=False) if hasattr(buffer, "__array_interface__") else None
 
 
 def _has_buffer_protocol(buffer: object) -> bool:

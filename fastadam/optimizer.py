@@ -10,7 +10,7 @@ import numpy as np
 
 from fastadam import backends, buffers
 from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.state import State, require_keys
+from fastadam.state import State, plain, require_keys
 
 
 class FusedAdam:
@@ -181,11 +181,10 @@ class FusedAdam:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}.")
+        entries = dict(state_dict)
         names = [field.name for field in fields(Hyperparameters)]
-        entries = {key: _plain(value) for key, value in state_dict.items()}
-        require_keys(entries.keys() & {"step", *names}, ["step", *names])
-        hyperparameters = Hyperparameters(**{name: entries[name] for name in names})
-        require_keys(entries, ["step", *names, *hyperparameters.moments])
+        require_keys(entries, names)
+        hyperparameters = Hyperparameters(**{name: plain(entries.pop(name)) for name in names})
         state = State.from_dict(entries, hyperparameters.moments, self._state)
         self._hyperparameters, self._coefficients, self._state = hyperparameters, None, state
 
@@ -247,11 +246,6 @@ class FusedAdam:
     def __repr__(self) -> str:
         values = asdict(self._hyperparameters)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def _plain(value: Any) -> Any:
-    """Undo what ``numpy.savez`` does to numbers: a 0-d array is a scalar, a pair an array of two."""
-    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
 
 
 def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class State:
         Parameters
         ----------
         entries : mapping
-            ``"step"`` and, unless no step was taken, the moments.
+            ``"step"`` and, once a step was taken, the moments.
         names : tuple of str
             The moments that the rule keeps.
         current : State
@@ -72,17 +72,20 @@ class State:
         Raises
         ------
         TypeError, ValueError
-            If the step is no count, or a moment is missing or of another size or dtype.
+            If a key is missing or unknown, the step is no count, or a moment has another size or dtype.
         """
-        step = entries["step"]
+        require_keys(entries, ["step"])
+        step = plain(entries["step"])
         if not isinstance(step, numbers.Integral) or isinstance(step, bool):
             raise TypeError(f"state_dict['step'] must be an integer; got {type(step).__name__}.")
         if step < 0:
             raise ValueError(f"state_dict['step'] must be at least 0; got {step}.")
-        present = [name for name in names if name in entries]
-        if step == 0 and not present:
+        unknown = [key for key in entries if key not in {"step", *names}]
+        if unknown:
+            raise ValueError(f"state_dict must have no key {unknown[0]!r}.")
+        if step == 0 and len(entries) == 1:
             return cls()
-        require_keys(present, names)
+        require_keys(entries, names)
 
         moments: dict[str, Array] = {}
         for name in names:
@@ -140,14 +143,16 @@ class State:
         return f"State(step={self._step}{', ' if arrays else ''}{arrays})"
 
 
-def require_keys(keys: Any, expected: Any) -> None:
-    """Raise ValueError unless ``keys`` of a state dict are exactly ``expected``."""
-    missing = [key for key in expected if key not in keys]
-    unknown = [key for key in keys if key not in expected]
-    if missing:
-        raise ValueError(f"state_dict must have the keys {list(expected)}; {missing} missing.")
-    if unknown:
-        raise ValueError(f"state_dict must have no keys but {list(expected)}; got {unknown} too.")
+def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise ValueError unless a state dict has all of ``keys``."""
+    for key in keys:
+        if key not in state_dict:
+            raise ValueError(f"state_dict must have the key {key!r}; got {list(state_dict)}.")
+
+
+def plain(number: Any) -> Any:
+    """Undo what ``numpy.savez`` does to numbers: a 0-d array is a scalar, a 1-d array a list."""
+    return number.tolist() if isinstance(number, (np.ndarray, np.generic)) else number
 
 
 def _restore(names: tuple[str, ...], entries: dict[str, Any]) -> State:

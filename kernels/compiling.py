@@ -42,14 +42,16 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
     """Numba's disk cache, except that trouble with the disk only costs the cache.
 
     Numba raises when an index or a data file cannot be read or written (a read-only or full disk, a file
-    cut short): an optimizer step must not fail for that.
+    cut short): an optimizer step must not fail for that. And two processes that save at once can leave an
+    index that names the other's data file: code for arguments of other types is not taken.
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            compiled = super().load_overload(sig, target_context)
         except Exception:
             return None
+        return compiled if compiled is not None and compiled.signature.args == tuple(sig) else None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(Exception):
@@ -63,6 +65,8 @@ def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = Fal
     """
     options = {**JIT_OPTIONS, "nogil": True, "parallel": parallel}
     loop = make_loop(f"{SOURCE_DIGEST} {options}")
+    # The name names the cache's index file: one for each loop.
+    loop.__qualname__ = loop.__name__ = f"{loop.__name__}_{'parallel' if parallel else 'serial'}"
     dispatcher = numba.njit(loop, **options)
     with contextlib.suppress(RuntimeError):  # no writable place for a cache: do without
         dispatcher._cache = _TolerantCache(loop)
