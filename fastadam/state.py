@@ -87,18 +87,17 @@ class State:
             return cls()
         require_keys(entries, names)
 
-        moments: dict[str, Array] = {}
-        for name in names:
-            moment = buffers.flat(entries[name], f"state_dict['{name}']", writable=False)
-            others = {"the state": current.arrays, f"state_dict['{names[0]}']": tuple(moments.values())}
-            for other_name, arrays in others.items():
-                for other in arrays[:1]:
-                    buffers.require_same_layout(f"state_dict['{name}']", moment, other_name, other)
-            moments[name] = moment
+        labels = [f"state_dict['{name}']" for name in names]
+        moments = [
+            buffers.flat(entries[name], label, writable=False)
+            for name, label in zip(names, labels, strict=True)
+        ]
+        model, model_label = (current.arrays[0], "the state") if current.arrays else (moments[0], labels[0])
+        for moment, label in zip(moments, labels, strict=True):
+            buffers.require_same_layout(label, moment, model_label, model)
 
-        first = moments[names[0]]
-        state = cls(names, first.size, first.dtype, int(step))
-        for array, moment in zip(state.arrays, moments.values(), strict=True):
+        state = cls(names, moments[0].size, moments[0].dtype, int(step))
+        for array, moment in zip(state.arrays, moments, strict=True):
             array[...] = moment
         return state
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import settings
+
+# Subprocesses must find the package that is being tested, not the source tree in the working directory.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 settings.register_profile("fastadam", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fastadam")

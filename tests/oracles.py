@@ -1,8 +1,8 @@
 """What the tests hold fastadam against. Nothing here uses a compiled kernel.
 
 - :func:`algorithm_1`: the paper, literally, in float64 or better. It shares no code with fastadam.
-- :func:`interpret`: the rules of fastadam evaluated on NumPy scalars, one element after the other. The bits of
-  every backend must be these.
+- :func:`interpret`: the rules of fastadam evaluated on NumPy scalars, one element after the other. The bits
+  of every backend must be these.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from unittest import mock
 
 import numpy as np
+from fastadam.kernels import rules
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.kernels import rules
 
 WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 """The dtype in which to judge the errors of another; x86's long double has 11 more bits than float64."""
@@ -39,7 +39,7 @@ def flags_id(flags: dict) -> str:
 class algorithm_1:  # noqa: N801
     """Kingma & Ba, Algorithm 1, in float64 or a wider ``dtype``, with the variants written out.
 
-    AdamW: Loshchilov & Hutter, Algorithm 2. AMSGrad as in PyTorch: the maximum of the undebiased second moments.
+    AdamW: Loshchilov & Hutter, Algorithm 2. AMSGrad as in PyTorch: the maximum is over undebiased moments.
     """
 
     def __init__(

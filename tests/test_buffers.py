@@ -48,7 +48,7 @@ def as_torch(base):
 BUFFERS = {
     "flat": lambda base, _: base,
     "matrix": lambda base, _: base.reshape(6, 8),
-    "transposed-fortran": lambda base, _: np.asfortranarray(np.empty((8, 6), np.float32)).T,
+    "transposed-fortran": lambda _, __: np.empty((8, 6), np.float32, order="F").T,
     "4-d": lambda base, _: base.reshape(2, 3, 4, 2),
     "memmap": lambda _, path: np.memmap(path / "params", np.float32, "w+", shape=N),
     "array.array": lambda _, __: array.array("f", bytes(4 * N)),

@@ -35,7 +35,7 @@ class OnDevice:
     __cuda_array_interface__ = {}  # noqa: RUF012
 
 
-class OnDeviceByDLPack:
+class CudaByDLPack:
     def __dlpack__(self, **_):
         raise AssertionError("must not be asked")
 
@@ -68,13 +68,25 @@ PARAMS = {
         "flat_params must be a plain array; got a masked array. Pass its .data.",
     ),
     "int32": (lambda: np.ones(N, np.int32), TypeError, "flat_params must be float32 or float64; got int32."),
-    "float16": (lambda: np.ones(N, np.float16), TypeError, "flat_params must be float32 or float64; got float16."),
-    "object": (lambda: np.array([None] * N), TypeError, "flat_params must be float32 or float64; got object."),
+    "float16": (
+        lambda: np.ones(N, np.float16),
+        TypeError,
+        "flat_params must be float32 or float64; got float16.",
+    ),
+    "object": (
+        lambda: np.array([None] * N),
+        TypeError,
+        "flat_params must be float32 or float64; got object.",
+    ),
     "big-endian": (lambda: np.ones(N, ">f4"), TypeError, "flat_params must be float32 or float64; got >f4."),
     "bytes": (lambda: b"\0" * 4 * N, TypeError, "flat_params must be float32 or float64; got uint8."),
     "strided": (lambda: f32(2 * N)[::2], ValueError, NOT_CONTIGUOUS.format("(8,)", "(8,)")),
     "reversed": (lambda: f32()[::-1], ValueError, NOT_CONTIGUOUS.format("(8,)", "(-4,)")),
-    "fortran": (lambda: np.ones((2, 4), np.float32, order="F"), ValueError, NOT_CONTIGUOUS.format("(2, 4)", "(4, 8)")),
+    "fortran": (
+        lambda: np.ones((2, 4), np.float32, order="F"),
+        ValueError,
+        NOT_CONTIGUOUS.format("(2, 4)", "(4, 8)"),
+    ),
     "read-only": (
         read_only,
         ValueError,
@@ -98,9 +110,9 @@ PARAMS = {
         "flat_params must be in CPU memory; got a device array (test_errors.OnDevice). Pass a CPU copy.",
     ),
     "cuda-dlpack": (
-        OnDeviceByDLPack,
+        CudaByDLPack,
         TypeError,
-        "flat_params must be in CPU memory; got a device array (test_errors.OnDeviceByDLPack). Pass a CPU copy.",
+        "flat_params must be in CPU memory; got a device array (test_errors.CudaByDLPack). Pass a CPU copy.",
     ),
     "too-small": (
         lambda: f32(N - 1),
@@ -226,11 +238,17 @@ HYPERPARAMETERS = [
     ({"weight_decay": False}, TypeError, "weight_decay must be a real number; got bool."),
     ({"amsgrad": 1}, TypeError, "amsgrad must be True or False; got int."),
     ({"maximize": "yes"}, TypeError, "maximize must be True or False; got str."),
-    ({"decoupled_weight_decay": None}, TypeError, "decoupled_weight_decay must be True or False; got NoneType."),
+    (
+        {"decoupled_weight_decay": None},
+        TypeError,
+        "decoupled_weight_decay must be True or False; got NoneType.",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), HYPERPARAMETERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), HYPERPARAMETERS, ids=lambda value: str(value)[:40]
+)
 def test_bad_hyperparameters(arguments, error, message):
     for call in (FusedAdam, fastadam.warmup):
         with pytest.raises(error) as caught:

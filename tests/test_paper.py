@@ -60,7 +60,7 @@ def test_eps_is_outside_the_root_and_after_the_correction():
 
 
 def test_l2_and_decoupled_decay_differ_as_they_should():
-    """L2 alone moves a parameter by about lr; decoupled decay moves it by exactly lr * weight_decay * param."""
+    """L2 alone moves a parameter by about lr; decoupled decay by exactly lr * weight_decay * param."""
     l2, decoupled = np.full(1, 8.0), np.full(1, 8.0)
     FusedAdam(lr=0.5, weight_decay=0.25).step(l2, np.zeros(1))
     FusedAdam(lr=0.5, weight_decay=0.25, decoupled_weight_decay=True).step(decoupled, np.zeros(1))

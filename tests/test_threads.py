@@ -5,6 +5,7 @@ Each case runs in a process of its own, with the layer forced: what goes wrong t
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-
 from fastadam.kernels import threads
 
 LAYERS = ["tbb", "omp", "workqueue"]
@@ -154,10 +154,13 @@ def test_layer(layer, case):
     assert process.stdout.strip() == "done"
 
 
-@pytest.mark.parametrize(("unsafe", "source"), [
-    ("workqueue", CONCURRENT),
-    ("omp", FORK_AFTER_STEP),
-])
+@pytest.mark.parametrize(
+    ("unsafe", "source"),
+    [
+        ("workqueue", CONCURRENT),
+        ("omp", FORK_AFTER_STEP),
+    ],
+)
 def test_these_cases_can_fail(unsafe, source):
     """Without our care the process dies: the cases above do reach what they are about."""
     if not sys.platform.startswith("linux"):
@@ -198,13 +201,21 @@ assert inside >= 10, (inside, end - start)
 
 
 def test_pieces_cover_the_buffer_once():
-    for size in (1, 100, threads.MIN_PIECE, 2 * threads.MIN_PIECE - 1, 2 * threads.MIN_PIECE, 10**6 + 7, 10**9):
+    for size in (
+        1,
+        100,
+        threads.MIN_PIECE,
+        2 * threads.MIN_PIECE - 1,
+        2 * threads.MIN_PIECE,
+        10**6 + 7,
+        10**9,
+    ):
         for count in (1, 2, 3, 7, 64):
             pieces = threads.pieces(size, count)
             assert len(pieces) <= count
             assert pieces[0][0] == 0
             assert pieces[-1][1] == size
-            assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
             assert all(start % threads.ALIGNMENT == 0 and start < stop for start, stop in pieces)
             assert len(pieces) == 1 or min(b - a for a, b in pieces[:-1]) >= threads.MIN_PIECE
 

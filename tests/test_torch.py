@@ -31,8 +31,8 @@ needs_long_double = pytest.mark.skipif(not LONG_DOUBLE_IS_WIDER, reason="no type
 def test_update_error_is_no_worse_than_torch(rng, flags, dtype, fused):
     """Root mean square error of the update of each step, all three driven by the same gradients.
 
-    Each implementation stores its parameter in ``dtype``: that costs both the same. Parameters start small, so
-    that it does not hide the rest.
+    Each implementation stores its parameter in ``dtype``: that costs both the same. Parameters start small,
+    so that it does not hide the rest.
     """
     lr = 1e-3
     params = (1e-2 * rng.standard_normal(SIZE)).astype(dtype)

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands; what a person runs is what CI runs.
+#
+#   bash ci/check.sh            PYTHON=python3.12 bash ci/check.sh
+#
+# Works in a virtual environment of its own and installs as the README says.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+step() { printf '\n=== %s (%ss)\n' "$*" "$SECONDS"; }
+
+step "virtual environment"
+"${PYTHON:-python3}" -m venv "$work/venv"
+if [ -d "$work/venv/Scripts" ]; then bin="$work/venv/Scripts"; else bin="$work/venv/bin"; fi
+export PATH="$bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 MPLCONFIGDIR="$work/matplotlib"
+
+step "install, as the README says"
+pip install -e ".[test]"
+pip install -e ".[lint]" build
+
+step "lint and format"
+ruff check .
+ruff format --check .
+
+step "README and committed results agree"
+python -m bench.report --check
+
+step "tests, as the README says"
+pytest
+
+step "benchmark smoke"
+python -m bench.compare --quick --output "$work/compare.json"
+pytest bench --benchmark-disable
+
+step "sdist, and a wheel built from it"
+python -m build --outdir "$work/dist" .
+pip uninstall --yes fastadam
+pip install --no-deps "$work"/dist/*.whl
+(cd "$work" && python -c 'import fastadam, sysconfig; assert fastadam.__file__.startswith(sysconfig.get_path("purelib")), fastadam.__file__')
+
+step "types of the installed wheel"
+config="$PWD/pyproject.toml"
+(cd "$work" && mypy --config-file "$config" --cache-dir "$work/mypy" -p fastadam)
+
+step "tests against the installed wheel"
+pytest -m "not slow"
+
+step "done"

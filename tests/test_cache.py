@@ -1,0 +1,150 @@
+"""The disk cache: hits in the next process, follows every source, and never costs more than itself.
+
+Each test works on a copy of the installed package, in processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastadam
+from fastadam import kernels
+
+STEP = """
+import numpy as np, fastadam
+from fastadam.kernels import cpu
+opt, params = fastadam.FusedAdam(lr=0.5), np.zeros(SIZE, "DTYPE")
+opt.step(params, np.ones(SIZE, "DTYPE"))
+kernel = cpu.parallel if SIZE >= cpu.PARALLEL_FROM else cpu.serial
+print(float(params[0]), sum(kernel.stats.cache_hits.values()), kernel.stats.cache_path)
+"""
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the package in a folder of its own, without any cache."""
+    root = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(fastadam.__file__).parent, root / "fastadam", ignore=ignore)
+    shutil.copytree(
+        Path(kernels.__file__).parent, root / "fastadam/kernels", ignore=ignore, dirs_exist_ok=True
+    )
+    return root
+
+
+def run(root, size=100, dtype="float32", **environment):
+    """Step in a new process: (the first parameter, cache hits, cache path)."""
+    # -S keeps an editable install's import hook from finding the original.
+    paths = [str(root), *(path for path in sys.path if path.endswith("site-packages"))]
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", STEP.replace("SIZE", str(size)).replace("DTYPE", dtype)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
+        },
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    value, hits, path = process.stdout.split(maxsplit=2)
+    return float(value), int(hits), path.strip()
+
+
+def files(root, suffix):
+    return sorted(root.rglob(f"*.{suffix}"))
+
+
+@pytest.mark.parametrize("size", [100, 100_000], ids=["serial", "parallel"])
+def test_the_next_process_compiles_nothing(copied, size):
+    assert run(copied, size)[:2] == (-0.5, 0)
+    assert files(copied, "nbc")
+    assert run(copied, size)[:2] == (-0.5, 1)
+
+
+def test_serial_and_parallel_are_not_mixed_up(copied):
+    run(copied, 100)
+    assert run(copied, 100_000)[1] == 0, "the parallel loop took the serial loop's code"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("rules.py", "return param - c.step_size", "return param + c.step_size", 0.5),
+        (
+            "storage.py",
+            "arrays[i] = values\n\n        return",
+            "arrays[i] = values + values\n\n        return",
+            -1.0,
+        ),
+    ],
+)
+def test_an_edited_source_is_compiled_again(copied, file, old, new, expected):
+    assert run(copied)[:2] == (-0.5, 0)
+    source = copied / "fastadam/kernels" / file
+    text = source.read_text()
+    assert old in text
+    stat = source.stat()
+    source.write_text(text.replace(old, new))
+    os.utime(source, (stat.st_atime, stat.st_mtime))  # an upgrade into the same folder may keep times
+    assert run(copied)[:2] == (expected, 0)
+    source.write_text(text)
+    assert run(copied)[:2] == (-0.5, 1)
+
+
+def test_other_jit_options_are_compiled_again(copied):
+    run(copied)
+    source = copied / "fastadam/kernels/compiling.py"
+    source.write_text(source.read_text().replace('"nogil": True', '"nogil": False'))
+    assert run(copied)[1] == 0
+
+
+def test_no_writable_place(copied, tmp_path):
+    """Every place that Numba would write to is a file: no cache, and nothing else."""
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    (copied / "fastadam/kernels/__pycache__").write_text("")
+    environment = {
+        name: str(nowhere) for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "NUMBA_CACHE_DIR")
+    }
+    assert run(copied, **environment) == (-0.5, 0, "None")
+    assert run(copied, **environment) == (-0.5, 0, "None")
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("content", [b"", b"not a cache", None], ids=["empty", "garbage", "half"])
+def test_a_broken_file_is_ignored(copied, suffix, content):
+    run(copied)
+    for file in files(copied, suffix):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    assert run(copied)[:2] == (-0.5, 0)
+
+
+def test_a_place_that_stops_being_writable(copied, tmp_path):
+    """It passes the check at import, and then every file in it fails to open."""
+    cache = tmp_path / "cache"
+    run(copied, NUMBA_CACHE_DIR=str(cache))
+    for file in [*files(cache, "nbi"), *files(cache, "nbc")]:
+        file.unlink()
+        file.mkdir()
+    assert run(copied, NUMBA_CACHE_DIR=str(cache))[:2] == (-0.5, 0)
+
+
+def test_code_for_other_types_is_not_taken(copied):
+    """Two processes that save at once can leave an index that names the other's file."""
+    run(copied)
+    run(copied, dtype="float64")
+    first, second = files(copied, "nbc")
+    first_content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(first_content)
+    assert run(copied)[:2] == (-0.5, 0)

@@ -1,0 +1,58 @@
+"""What the documentation shows is executed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fastadam
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def modules():
+    packages = pkgutil.walk_packages(fastadam.__path__, "fastadam.")
+    kernels = pkgutil.iter_modules(importlib.import_module("fastadam.kernels").__path__, "fastadam.kernels.")
+    return sorted({"fastadam"} | {m.name for m in (*packages, *kernels)} - {"fastadam.__main__"})
+
+
+@pytest.mark.parametrize("name", modules())
+def test_doctests(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_there_are_doctests():
+    assert doctest.testmod(importlib.import_module("fastadam.optimizer")).attempted > 5
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_readme_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_has_the_quickstart_and_the_two_commands():
+    assert any("opt.step(flat_params, flat_grads)" in code for code in blocks("python"))
+    commands = "".join(blocks("sh")).splitlines()
+    assert 'pip install ".[demo]" && fastadam demo' in commands
+    assert 'pip install -e ".[test]" && pytest' in commands
+
+
+def test_readme_names_only_files_that_exist():
+    paths = re.findall(r"`((?:fastadam|kernels|tests|bench|ci)/[\w./]+)`", README)
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_changelog_has_this_version():
+    assert f"## {fastadam.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

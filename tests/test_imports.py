@@ -1,0 +1,124 @@
+"""What imports what: the floors of the house, and how little `import fastadam` loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastadam
+from fastadam import kernels
+
+SOURCES = {
+    **{path.stem: path for path in Path(fastadam.__file__).parent.glob("*.py")},
+    **{f"kernels.{path.stem}": path for path in Path(kernels.__file__).parent.glob("*.py")},
+}
+
+# Every module, from the ground up: a module imports only from floors below its own.
+FLOORS = [
+    {"kernels.__init__", "kernels.rules", "kernels.storage", "kernels.threads"},
+    {"kernels.compiling"},
+    {"kernels.cpu"},
+    {"backends", "buffers", "hyperparameters"},
+    {"state"},
+    {"optimizer"},
+    {"__init__"},
+    {"benchmark", "demo", "plot"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+
+
+def imports(source, module):
+    """Modules of fastadam that a source imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {as_module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = "fastadam.kernels" if module.startswith("kernels.") else "fastadam"
+            origin = ".".join(filter(None, [package if node.level else "", node.module]))
+            found |= {as_module(f"{origin}.{alias.name}") or as_module(origin) for alias in node.names}
+    return found - {None}
+
+
+def as_module(name):
+    """The key of SOURCES for an absolute name, or None."""
+    if name in {"fastadam", "fastadam.kernels"}:
+        name += ".__init__"
+    key = name.removeprefix("fastadam.")
+    return key if name.startswith("fastadam.") and key in SOURCES else None
+
+
+def violations(sources):
+    return [
+        (module, imported)
+        for module, source in sources.items()
+        for imported in imports(source, module)
+        if FLOOR[imported] >= FLOOR[module]
+    ]
+
+
+def read_all():
+    return {module: path.read_text(encoding="utf-8") for module, path in SOURCES.items()}
+
+
+def test_every_module_has_its_floor():
+    assert read_all().keys() <= FLOOR.keys()
+
+
+def test_modules_import_only_downward():
+    assert violations(read_all()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("kernels.rules", "from .cpu import step"),
+        ("kernels.cpu", "from fastadam import buffers"),
+        ("kernels.threads", "import fastadam.kernels.compiling"),
+        ("buffers", "def f():\n    from fastadam.optimizer import FusedAdam"),
+        ("state", "from fastadam import optimizer"),
+    ],
+)
+def test_the_floor_check_bites(module, line):
+    assert violations({module: line}) != []
+
+
+HEAVY = [
+    "numba",
+    "llvmlite",
+    "cupy",
+    "torch",
+    "jax",
+    "typer",
+    "rich",
+    "sklearn",
+    "matplotlib",
+    "fastadam.kernels.cpu",
+]
+
+
+def loaded(code):
+    code = f"import sys; {code}; print([name for name in {HEAVY} if name in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(process.stdout)
+
+
+def test_import_is_light():
+    assert loaded("import fastadam") == []
+    assert loaded("import fastadam; fastadam.FusedAdam(lr=0.1).state_dict()") == []
+
+
+def test_the_light_import_check_bites():
+    step = "import fastadam, numpy as np; fastadam.FusedAdam().step(np.ones(3), np.ones(3))"
+    assert loaded(step) == ["numba", "llvmlite", "fastadam.kernels.cpu"]
+
+
+def test_public_names():
+    assert fastadam.__all__ == ["FusedAdam", "__version__", "warmup"]
+    assert all(hasattr(fastadam, name) for name in fastadam.__all__)
