@@ -169,9 +169,6 @@ class Coefficients:
 
     def rule(self, step: int) -> rules.Adam:
         """Return the rule's coefficients for step number ``step``, counted from 1."""
-        return self._rule(
-            self._rounded(self._lr / (1 - self._beta1**step)),
-            *self._averaging,
-            self._rounded(1 / (1 - self._beta2**step)),
-            self._eps,
-        )
+        step_size = self._rounded(self._lr / (1 - self._beta1**step))
+        inv_bias_correction2 = self._rounded(1 / (1 - self._beta2**step))
+        return self._rule(step_size, *self._averaging, inv_bias_correction2, self._eps)

@@ -11,8 +11,12 @@ import numpy as np
 from fastadam import buffers
 from fastadam.buffers import Array
 
-_CACHE_LINE = 16
-"""Elements that a moment's size is rounded up to: 64 bytes of float32."""
+_CACHE_LINE = 64
+_STAGGER = 64 * 1024 + _CACHE_LINE
+"""Bytes before and between large moments. Buffers of a power of two would share cache sets and memory banks:
+without the gap a step of 2**26 float32 elements can take twice as long (CONTRIBUTING.md)."""
+_LARGE = 2**20
+"""Bytes of a moment from which the gap is worth its memory."""
 
 
 class State:
@@ -46,13 +50,17 @@ class State:
     def __init__(
         self, names: tuple[str, ...] = (), size: int = 0, dtype: Any = np.float32, step: int = 0
     ) -> None:
-        # One block for all moments, each starting on a cache line: one allocation, one overlap check. Fresh
-        # pages are zero without being touched.
-        stride = -(-size // _CACHE_LINE) * _CACHE_LINE
+        # One block for all moments: one allocation, one overlap check. Fresh pages are zero, untouched.
+        itemsize = np.dtype(dtype).itemsize
+        gap = _STAGGER if size * itemsize >= _LARGE else 0
+        stride = -(-size * itemsize // _CACHE_LINE) * _CACHE_LINE + gap
+        memory = np.zeros(gap + len(names) * stride + _CACHE_LINE, np.uint8)
+        start = -memory.ctypes.data % _CACHE_LINE + gap
         self._names = names
-        self.block: Array = np.zeros(len(names) * stride, dtype)
+        self.block: Array = memory
         self.arrays: tuple[Array, ...] = tuple(
-            self.block[i * stride : i * stride + size] for i in range(len(names))
+            memory[offset : offset + size * itemsize].view(dtype)
+            for offset in (start + k * stride for k in range(len(names)))
         )
         self._step = step
 

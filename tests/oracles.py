@@ -10,9 +10,9 @@ from __future__ import annotations
 from unittest import mock
 
 import numpy as np
-from fastadam.kernels import rules
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.kernels import rules
 
 WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 """The dtype in which to judge the errors of another; x86's long double has 11 more bits than float64."""

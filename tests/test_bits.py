@@ -5,12 +5,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 import pytest
-from fastadam.kernels import cpu, threads
 from oracles import FLAGS, flags_id, interpret, interpret_steps
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam
 from fastadam.hyperparameters import Hyperparameters
+from fastadam.kernels import cpu, threads
 
 DTYPES = ["float32", "float64"]
 

@@ -9,10 +9,10 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
-from fastadam.kernels import compiling, cpu
 from oracles import FLAGS, flags_id
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.kernels import compiling, cpu
 
 pytestmark = pytest.mark.skipif(
     platform.machine().lower() not in {"x86_64", "amd64"}, reason="reads x86-64 assembly"

@@ -26,7 +26,9 @@ FLOORS = [
     {"state"},
     {"optimizer"},
     {"__init__"},
-    {"benchmark", "demo", "plot"},
+    {"benchmark", "demo_model", "machine"},
+    {"demo"},
+    {"demo_plot"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,10 +9,10 @@ import types
 
 import numpy as np
 import pytest
-from fastadam.kernels import rules
 from oracles import FLAGS, algorithm_1, interpret
 
 from fastadam.hyperparameters import Hyperparameters
+from fastadam.kernels import rules
 
 SOURCE = inspect.getsource(rules)
 FUNCTIONS = ["maximize", "l2_decay", "decoupled_decay", "moving_average", "adam", "amsgrad"]

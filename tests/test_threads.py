@@ -14,6 +14,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+
 from fastadam.kernels import threads
 
 LAYERS = ["tbb", "omp", "workqueue"]

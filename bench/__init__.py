@@ -1,0 +1,15 @@
+"""How fast fastadam is, and beside whom.
+
+From the root of the repository, with ``pip install -e ".[bench]"``:
+
+- ``python -m bench.compare``: a step beside the steps of other libraries and the memory roofline;
+- ``python -m bench.threshold``: the serial beside the parallel kernel, around ``kernels.cpu.PARALLEL_FROM``;
+- ``python -m bench.scaling``: a step by number of threads;
+- ``python -m bench.startup``: import and first step, in new processes;
+- ``python -m bench.memory``: what a step allocates;
+- ``python -m bench.report``: the tables of the README, from ``bench/results``;
+- ``pytest bench``: a pytest-benchmark suite, to compare two versions of fastadam.
+
+Below them: ``harness`` (clocks), ``peers`` (contenders), ``oracle`` (correctness before every timing),
+``roofline`` (the time that the memory traffic of a step takes).
+"""

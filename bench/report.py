@@ -1,0 +1,207 @@
+"""``python -m bench.report``: the tables of the README, from the files in ``bench/results``.
+
+A table stands between ``<!-- results:NAME:begin ... -->`` and ``<!-- results:NAME:end -->``, where NAME is
+a kind of result; what stands there is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.environment import RESULTS, ROOT, Result
+from bench.units import format_bytes, format_size, format_time
+
+README = ROOT / "README.md"
+NOT_MEASURED = "Not measured yet.\n"
+
+_SECTION = re.compile(r"(<!-- results:(\w+):begin[^>]*-->\n).*?(<!-- results:\2:end -->)", re.DOTALL)
+_BEGIN = re.compile(r"<!-- results:\w+:begin")
+
+app = typer.Typer(add_completion=False)
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _met(value: float, target: float) -> str:
+    return "met" if value <= target else "**missed**"
+
+
+def _quartiles(ratio: dict[str, float], digits: int) -> str:
+    low, median, high = (f"{ratio[key]:.{digits}f}" for key in ("low", "median", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def _compare(result: Result) -> str:
+    rows = result["rows"]
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        times = 1 / row["fastadam_over_peer"]["median"]
+        own = "" if row["peer"] == "fastadam" else f" ({times:.2f}x)"
+        cells.setdefault(row["label"], {})[row["size"]] = format_time(row["seconds"]) + own
+    times_table = _table(
+        [f"step, {result['dtype']}", *map(format_size, sizes)],
+        ([label, *(of_label.get(size, "") for size in sizes)] for label, of_label in cells.items()),
+    )
+    promises = [
+        [
+            f"{row['label']}, {format_size(row['size'])}",
+            f"{row['target']:.2f}",
+            _quartiles(row["fastadam_over_peer"], 3),
+            _met(row["fastadam_over_peer"]["median"], row["target"]),
+        ]
+        for row in rows
+        if row["target"] is not None
+    ]
+    if not promises:
+        return times_table
+    return f"{times_table}\n{_table(['time of fastadam over', 'at most', 'measured', ''], promises)}"
+
+
+def _threshold(result: Result) -> str:
+    rows = (
+        [
+            format_size(row["size"]),
+            format_time(row["serial_seconds"]),
+            format_time(row["parallel_seconds"]),
+            _quartiles(row["parallel_over_serial"], 2),
+        ]
+        for row in result["rows"]
+    )
+    return _table(["elements", "serial", "parallel", "parallel / serial"], rows)
+
+
+def _scaling(result: Result) -> str:
+    rows = (
+        [
+            f"{format_size(row['size'])}, {row['layer']}",
+            str(row["threads"]),
+            format_time(row["seconds"]),
+            _quartiles(row["speedup"], 2),
+        ]
+        for row in result["rows"]
+    )
+    return _table(["step", "threads", "time", "speed over one thread"], rows)
+
+
+def _startup(result: Result) -> str:
+    rows = (
+        [
+            row["name"],
+            format_time(row["seconds"]["median"]),
+            f"{format_time(row['seconds']['low'])} to {format_time(row['seconds']['high'])}",
+            format_time(row["target"]),
+            _met(row["seconds"]["median"], row["target"]),
+        ]
+        for row in result["rows"]
+    )
+    return _table(["new process", "time", "quartiles", "at most", ""], rows)
+
+
+def _memory(result: Result) -> str:
+    rows = (
+        [
+            row["name"],
+            format_bytes(row["bytes"]),
+            f"{row['bytes_per_element']:.4f}",
+            format_bytes(row["target"]),
+            _met(row["bytes"], row["target"]),
+        ]
+        for row in result["rows"]
+    )
+    return _table([f"{format_size(result['size'])} float32", "bytes", "per element", "at most", ""], rows)
+
+
+RENDERERS: dict[str, Callable[[Result], str]] = {
+    "compare": _compare,
+    "threshold": _threshold,
+    "scaling": _scaling,
+    "startup": _startup,
+    "memory": _memory,
+}
+
+
+def _origin(result: Result) -> str:
+    """Say where the numbers come from."""
+    environment: dict[str, Any] = result["environment"]
+    machine = environment["machine"]
+    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
+    facts = [
+        f"{machine['cpu']} ({machine['architecture']}), {machine['cores']} cores{memory}",
+        environment["os"],
+        f"Python {environment['python']}",
+        ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
+        f"threads: {environment['threading_layer']}",
+        *([f"median of {result['rounds']} rounds, with quartiles"] if "rounds" in result else []),
+        environment["date"],
+        *([f"commit {environment['commit']}"] if environment["commit"] else []),
+    ]
+    return f"<sub>{'; '.join(facts)}.</sub>\n"
+
+
+def render(results: Iterable[Result]) -> str:
+    """Return the Markdown of results, one after the other, each with its origin."""
+    parts = [f"{RENDERERS[result['kind']](result)}\n{_origin(result)}" for result in results]
+    return "\n".join(parts) or NOT_MEASURED
+
+
+def updated(text: str, results: Iterable[Result]) -> str:
+    """Return a text with the results in their sections.
+
+    Raises
+    ------
+    ValueError
+        If there is no section, or one has no end, or its name is no kind of result.
+    """
+    every = list(results)
+
+    def section(match: re.Match[str]) -> str:
+        begin, kind, end = match.groups()
+        if kind not in RENDERERS:
+            raise ValueError(f"a section of results must be of {', '.join(RENDERERS)}; got {kind}.")
+        return f"{begin}\n{render(result for result in every if result['kind'] == kind)}\n{end}"
+
+    new, count = _SECTION.subn(section, text)
+    if count == 0 or count != len(_BEGIN.findall(text)):
+        raise ValueError("sections of results must stand between markers; see bench/report.py.")
+    return new
+
+
+def load(folder: Path) -> list[Result]:
+    """Return the results of a folder, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+@app.command()
+def main(
+    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if the README is stale.")] = False,
+    readme: Annotated[Path, typer.Option(help="The file with the sections.")] = README,
+    results: Annotated[Path, typer.Option(help="The folder with the JSON files.")] = RESULTS,
+) -> None:
+    """Write the results into the README."""
+    text = readme.read_text(encoding="utf-8")
+    try:
+        new = updated(text, load(results))
+    except ValueError as error:
+        raise typer.BadParameter(f"{readme.name}: {error}") from error
+    if new == text:
+        typer.echo(f"{readme.name} shows the results")
+    elif check:
+        typer.echo(f"{readme.name} is stale: run python -m bench.report", err=True)
+        raise typer.Exit(1)
+    else:
+        readme.write_text(new, encoding="utf-8")
+        typer.echo(f"wrote the results into {readme.name}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,159 @@
+"""The command line: ``fastadam info``, ``fastadam demo`` and ``fastadam bench``.
+
+The interface only: it reads options, shows progress and prints. What takes long to import is imported by the
+command that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastadam import __version__
+from fastadam.demo import Epoch, Settings
+
+app = typer.Typer(
+    help="Compiled-kernel Adam: one fused pass over any flat buffer, the same bits everywhere.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_DEMO = Settings()
+
+
+class Dtype(StrEnum):
+    """What buffers hold."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+@contextmanager
+def _told(kind: type[Exception], *, exit_code: int) -> Iterator[None]:
+    """Print an error of this kind without a traceback, and exit."""
+    try:
+        yield
+    except kind as error:
+        typer.echo(f"{kind.__name__}: {error}", err=True)
+        raise typer.Exit(exit_code) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastadam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command()
+def info() -> None:
+    """Show what a report of a problem should say: versions, CPU, threads, cache, GPUs."""
+    from fastadam import machine
+
+    table = Table("What", "Value", title="fastadam on this machine", show_lines=False)
+    table.columns[1].overflow = "fold"  # a path is to be copied whole
+    for name, value in machine.facts().items():
+        table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = _DEMO.seed,
+    epochs: Annotated[int, typer.Option(help="Passes over the training digits.")] = _DEMO.epochs,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEMO.lr,
+    output: Annotated[Path, typer.Option(help="Where the plot goes: a .png, .pdf or .svg file.")] = Path(
+        "fastadam-demo.png"
+    ),
+) -> None:
+    """Train a small network on handwritten digits and plot how it learns."""
+    with _told(ImportError, exit_code=1):
+        from fastadam import demo_plot
+        from fastadam.demo import load_digits, train
+
+        with _told(ValueError, exit_code=2):
+            settings = Settings(seed, epochs, lr)
+            demo_plot.require_output(output)
+        digits = load_digits(settings.seed)
+
+    console = Console(highlight=False)
+    status = TextColumn("loss {task.fields[loss]:.4f}  test accuracy {task.fields[accuracy]:.2%}")
+    columns = TextColumn("epoch"), BarColumn(), MofNCompleteColumn(), status, TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("epoch", total=settings.epochs, loss=float("nan"), accuracy=0.0)
+
+        def show(epoch: Epoch) -> None:
+            progress.update(task, advance=1, loss=epoch.loss, accuracy=epoch.accuracy)
+
+        result = train(settings, digits, on_epoch=show)
+
+    demo_plot.save(result, output)
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("test accuracy", f"{result.accuracy:.2%} of {digits.test_labels.size} digits")
+    summary.add_row("time in step()", f"{result.step_share:.1%} of {result.train_seconds:.2f} s of training")
+    summary.add_row("speed", f"{result.steps_per_second:,.0f} steps per second")
+    console.print(summary)
+    typer.echo(f"plot            {output}")  # not rich: it would wrap a long path
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        list[int] | None,
+        typer.Option(help="Elements; may be repeated.", show_default="1 Ki, 64 Ki, 1 Mi, 16 Mi"),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the buffers hold.")] = Dtype.FLOAT32,
+    rounds: Annotated[int, typer.Option(help="Turns that each contender gets.")] = 9,
+) -> None:
+    """Time a step against NumPy and against the speed of the memory.
+
+    Run it on an idle machine: threads that wait for each other on busy cores can take milliseconds.
+    """
+    from fastadam import benchmark, machine
+
+    sizes = size or benchmark.SIZES
+    with _told(ValueError, exit_code=2):
+        benchmark.require_options(sizes, rounds)
+
+    table = Table(
+        "elements", "time", "GB/s", "times faster than NumPy", "of roofline", title=f"FusedAdam.step, {dtype}"
+    )
+    table.caption = (
+        f"{machine.cpu()}. Threads: {machine.threads_used()}. Medians of {rounds} rounds."
+        f" {benchmark.bytes_per_element(dtype)} bytes per element; roofline: a loop that moves as many."
+    )
+    for column in table.columns:
+        column.justify = "right"
+    console = Console(highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=rounds * len(sizes))
+        for elements in sizes:
+            progress.update(task, description=f"{elements:,} elements")
+            row = benchmark.measure(elements, dtype, rounds=rounds, on_round=lambda: progress.advance(task))
+            table.add_row(
+                f"{row.size:,}",
+                f"{row.microseconds:,.1f} us",
+                f"{row.gigabytes_per_second:.1f}",
+                f"{row.times_numpy:.1f}x",
+                f"{row.of_roofline:.0%}",
+            )
+    console.print(table)

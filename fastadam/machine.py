@@ -1,0 +1,110 @@
+"""What the speed and the behaviour of fastadam depend on besides its code; what ``fastadam info`` shows."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+import fastadam
+from fastadam.kernels import cpu as cpu_backend
+from fastadam.kernels import threads
+
+_CPUINFO = Path("/proc/cpuinfo")  # on Linux
+
+_OPTIONAL = {
+    "CuPy": ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
+    "numba-cuda": ("numba-cuda",),
+    "PyTorch": ("torch",),
+}
+"""Name -> the distributions it comes in."""
+
+_SIMD = {
+    "sve": "scalable, width unknown (SVE)",
+    "avx512f": "512 bits (AVX-512)",
+    "avx2": "256 bits (AVX2)",
+    "avx": "256 bits (AVX)",
+    "sse2": "128 bits (SSE2)",
+    "neon": "128 bits (NEON)",
+}
+"""LLVM's name of a feature -> its registers; the first that the CPU has counts."""
+
+
+def facts() -> dict[str, str]:
+    """Return all facts: name -> value. Imports no optional package, and never raises for what is absent."""
+    return {
+        "fastadam": fastadam.__version__,
+        "Python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        **{name: _version(name.lower()) for name in ("NumPy", "Numba", "llvmlite")},
+        **{name: _version(*distributions) for name, distributions in _OPTIONAL.items()},
+        "CPU": f"{cpu()} ({llvm.get_host_cpu_name()})",
+        "SIMD registers": simd(_cpu_features()),
+        "Threads": threads_used(),
+        "Kernel cache": str(cpu_backend.serial.stats.cache_path or "none (no writable location)"),
+        "CUDA kernels": "none: this version has CPU kernels only",
+        "CUDA devices": "\n".join(cuda_devices()) or "none found",
+    }
+
+
+def cpu() -> str:
+    """Return the name of the CPU model, or of the architecture where the system does not tell."""
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def simd(features: Mapping[str, bool]) -> str:
+    """Return the width of the widest vector registers among a CPU's features, as LLVM names them."""
+    return next((width for name, width in _SIMD.items() if features.get(name)), "unknown")
+
+
+def threads_used() -> str:
+    """Return how many threads a step of a large buffer runs on, and whose they are."""
+    try:
+        count, layer, safe = threads.count(), threads.layer(), threads.numba_is_safe()
+    except ValueError as error:  # Numba: no threading layer could be loaded
+        return f"none: {error}"
+    return (
+        f"{count} (Numba's, {layer})"
+        if safe
+        else f"{count} (fastadam's own pool; Numba's {layer} is not safe)"
+    )
+
+
+def cuda_devices() -> list[str]:
+    """Return the NVIDIA GPUs that the driver's own program lists, without their serial numbers."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        run = subprocess.run([program, "-L"], capture_output=True, check=True, text=True, timeout=10)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.partition(" (UUID")[0].strip() for line in run.stdout.splitlines() if line.strip()]
+
+
+def _version(*distributions: str) -> str:
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _cpu_features() -> dict[str, bool]:
+    try:
+        features = dict(llvm.get_host_cpu_features())
+    except RuntimeError:  # LLVM does not know this CPU
+        features = {}
+    if platform.machine().lower() in {"aarch64", "arm64"}:
+        features.setdefault("neon", True)  # part of the architecture, but not always listed
+    return features
