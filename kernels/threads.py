@@ -20,8 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numba
 
 MIN_PIECE = 262_144
-"""Elements below which another Python thread costs more than it saves: waking one takes about 90 us, the time of
-250,000 float32 elements (``python -m bench.scaling``, own pool)."""
+"""Elements below which another Python thread costs more than it saves: waking one takes about
+90 us, as long as 250,000 float32 elements take (``python -m bench.scaling``)."""
 
 ALIGNMENT = 16
 """Pieces start at multiples of this many elements, so that no two threads write to one cache line."""
