@@ -127,21 +127,31 @@ class FusedAdam:
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
 
-        state = self._state
-        if state.arrays:  # else this is the first step
-            buffers.require_same_layout("flat_params", params, "the state", state.arrays[0])
-            buffers.require_disjoint("flat_params", params, "the state", state.block)
-            buffers.require_disjoint("flat_grads", grads, "the state", state.block)
-        else:
+        before = state = self._state
+        moments = state.arrays
+        if moments:
+            block = state.block
+            buffers.require_same_layout("flat_params", params, "the state", moments[0])
+            buffers.require_disjoint("flat_params", params, "the state", block)
+            buffers.require_disjoint("flat_grads", grads, "the state", block)
+        else:  # the first step
             state = State(self._hyperparameters.moments, params.size, params.dtype)
 
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
 
-        backends.cpu().step(params, grads, state.arrays, c.direction, c.decay, c.rule(state.step + 1))
-        state.advance()
+        rule = c.rule(state.step + 1)
+
+        # Counted before it is taken: an interrupt (Ctrl-C) is raised when the kernel has run to its end.
+        state.count(1)
         self._state = state
+        try:
+            backends.cpu().step(params, grads, state.arrays, c.direction, c.decay, rule)
+        except Exception:  # it did not compile: nothing is written
+            state.count(-1)
+            self._state = before
+            raise
 
     @property
     def state(self) -> State:

@@ -15,6 +15,8 @@ _CACHE_LINE = 64
 _STAGGER = 64 * 1024 + _CACHE_LINE
 """Bytes before and between large moments. Buffers of a power of two would share cache sets and memory banks:
 without the gap a step of 2**26 float32 elements can take twice as long (CONTRIBUTING.md)."""
+_STEPS = 2**53
+"""Steps from here on are no exact floats any more; a counter never gets there."""
 _LARGE = 2**20
 """Bytes of a moment from which the gap is worth its memory."""
 
@@ -23,7 +25,8 @@ class State:
     """The moments and the step counter of one optimizer.
 
     The meanings are PyTorch's: the moments are not debiased, ``step`` counts the steps taken. The attributes
-    cannot be set; the arrays are the optimizer's own, flat, with the size and dtype of the parameters.
+    cannot be set; the moments are flat views of the optimizer's own memory, with the size and dtype of the
+    parameters, and writing to them changes the state.
 
     Parameters
     ----------
@@ -35,17 +38,9 @@ class State:
         Of each.
     step : int
         Steps taken.
-
-    Attributes
-    ----------
-    arrays : tuple of ndarray, each of shape (n,)
-        The moments in the order of the rule's ``state``; empty before the first step.
-    block : ndarray
-        The memory that all of them share.
     """
 
-    # Plain slots, not properties: every step reads them.
-    __slots__ = ("_names", "_step", "arrays", "block")
+    __slots__ = ("_arrays", "_block", "_names", "_step")
 
     def __init__(
         self, names: tuple[str, ...] = (), size: int = 0, dtype: Any = np.float32, step: int = 0
@@ -57,8 +52,8 @@ class State:
         memory = np.zeros(gap + len(names) * stride + _CACHE_LINE, np.uint8)
         start = -memory.ctypes.data % _CACHE_LINE + gap
         self._names = names
-        self.block: Array = memory
-        self.arrays: tuple[Array, ...] = tuple(
+        self._block: Array = memory
+        self._arrays: tuple[Array, ...] = tuple(
             memory[offset : offset + size * itemsize].view(dtype)
             for offset in (start + k * stride for k in range(len(names)))
         )
@@ -86,8 +81,8 @@ class State:
         step = plain(entries["step"])
         if not isinstance(step, numbers.Integral) or isinstance(step, bool):
             raise TypeError(f"state_dict['step'] must be an integer; got {type(step).__name__}.")
-        if step < 0:
-            raise ValueError(f"state_dict['step'] must be at least 0; got {step}.")
+        if not 0 <= step < _STEPS:
+            raise ValueError(f"state_dict['step'] must be in [0, 2**53); got {step}.")
         unknown = [key for key in entries if key not in {"step", *names}]
         if unknown:
             raise ValueError(f"state_dict must have no key {unknown[0]!r}.")
@@ -116,9 +111,9 @@ class State:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._names, self.to_dict())
 
-    def advance(self) -> None:
-        """Count one more step."""
-        self._step += 1
+    def count(self, steps: int) -> None:
+        """Count steps as taken, or as not taken after all."""
+        self._step += steps
 
     @property
     def step(self) -> int:
@@ -126,9 +121,19 @@ class State:
         return self._step
 
     @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The moments in the order of the rule's ``state``, for the kernels; empty before the first step."""
+        return self._arrays
+
+    @property
+    def block(self) -> Array:
+        """The memory of all moments."""
+        return self._block
+
+    @property
     def moments(self) -> dict[str, Array]:
-        """A new dict of name -> moment; empty before the first step."""
-        return dict(zip(self._names, self.arrays, strict=True))
+        """A new dict of name -> view of the moment; empty before the first step."""
+        return {name: array[:] for name, array in zip(self._names, self._arrays, strict=True)}
 
     @property
     def exp_avg(self) -> Array | None:

@@ -12,6 +12,7 @@ from oracles import FLAGS, flags_id
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam
+from fastadam.kernels import cpu
 
 N = 37
 
@@ -49,7 +50,7 @@ def test_state_after_steps(rng, dtype, amsgrad):
     assert list(state.moments) == names
     for name in names:
         moment = getattr(state, name)
-        assert moment is state.moments[name]
+        assert np.shares_memory(moment, state.moments[name])
         assert moment.dtype == dtype
         assert moment.shape == (N,)
     assert (state.max_exp_avg_sq is None) is not amsgrad
@@ -223,7 +224,12 @@ BAD = {
         TypeError,
         "state_dict['exp_avg'] must be float32 or float64; got int64.",
     ),
-    "negative-step": (replaced(step=-1), ValueError, "state_dict['step'] must be at least 0; got -1."),
+    "negative-step": (replaced(step=-1), ValueError, "state_dict['step'] must be in [0, 2**53); got -1."),
+    "huge-step": (
+        replaced(step=2**53),
+        ValueError,
+        "state_dict['step'] must be in [0, 2**53); got 9007199254740992.",
+    ),
     "float-step": (replaced(step=1.5), TypeError, "state_dict['step'] must be an integer; got float."),
     "bad-lr": (replaced(lr=-1.0), ValueError, "lr must be at least 0; got -1.0."),
 }
@@ -277,3 +283,49 @@ def test_hyperparameters_set_between_steps(rng, name, value):
 def test_numbers_of_other_types(lr):
     assert FusedAdam(lr=lr).lr == float(lr)
     assert type(FusedAdam(lr=lr).lr) is float
+
+
+def test_what_a_user_does_to_the_views_of_the_moments(rng):
+    """Their contents are the state's, their shape and flags are the user's own."""
+    opt, params = stepped(gradients(rng, 2))
+    moment = opt.state.exp_avg
+    moment[:] = 0.25
+    moment.shape = (N, 1)
+    moment.flags.writeable = False
+    assert (opt.state.exp_avg == 0.25).all()
+    opt.step(params, np.ones(N, np.float32))
+    assert opt.state.exp_avg.shape == (N,)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_interrupt_during_the_kernel_loses_no_step(rng, monkeypatch, steps):
+    """Python raises KeyboardInterrupt when the kernel has returned: the step is taken, and counted."""
+    grads = gradients(rng, 4)
+    opt, params = stepped(grads[:steps]) if steps else (FusedAdam(), np.ones(N, np.float32))
+    kernel = cpu.step
+
+    def interrupted(*arguments):
+        kernel(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(params, grads[steps])
+    monkeypatch.setattr(cpu, "step", kernel)
+    opt.step(params, grads[steps + 1])
+    assert opt.state.step == steps + 2
+    assert_same_bits(params, stepped(grads[: steps + 2])[1])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_kernel_that_does_not_compile_changes_nothing(rng, monkeypatch, steps):
+    opt, params = stepped(gradients(rng, steps)) if steps else (FusedAdam(), np.ones(N, np.float32))
+    before = opt.state_dict()
+
+    def fails(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpu, "step", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        opt.step(params, np.ones(N, np.float32))
+    np.testing.assert_equal(opt.state_dict(), before)
