@@ -23,8 +23,8 @@ def _real(name: str, value: object) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
-        except OverflowError:  # an integer beyond the floats
-            number = math.inf if value > 0 else -math.inf
+        except OverflowError:
+            raise ValueError(f"{name} must be finite; got an integer beyond float64.") from None
         if math.isfinite(number):
             return number
         raise ValueError(f"{name} must be finite; got {number}.")

@@ -81,7 +81,7 @@ class State:
         step = plain(entries["step"])
         if not isinstance(step, numbers.Integral) or isinstance(step, bool):
             raise TypeError(f"state_dict['step'] must be an integer; got {type(step).__name__}.")
-        if not 0 <= step < _STEPS:
+        if not 0 <= int(step) < _STEPS:
             raise ValueError(f"state_dict['step'] must be in [0, 2**53); got {step}.")
         unknown = [key for key in entries if key not in {"step", *names}]
         if unknown:

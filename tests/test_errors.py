@@ -217,7 +217,7 @@ HYPERPARAMETERS = [
     ({"lr": -0.1}, ValueError, "lr must be at least 0; got -0.1."),
     ({"lr": NAN}, ValueError, "lr must be finite; got nan."),
     ({"lr": INF}, ValueError, "lr must be finite; got inf."),
-    ({"lr": 10**400}, ValueError, "lr must be finite; got inf."),
+    ({"lr": 10**400}, ValueError, "lr must be finite; got an integer beyond float64."),
     ({"lr": "0.1"}, TypeError, "lr must be a real number; got str."),
     ({"lr": None}, TypeError, "lr must be a real number; got NoneType."),
     ({"lr": True}, TypeError, "lr must be a real number; got bool."),
