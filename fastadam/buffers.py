@@ -105,6 +105,9 @@ def _is_on_device(buffer: object) -> bool:
 
 
 def _share(buffer: Any) -> Array | None:
+    if type(buffer).__module__.partition(".")[0] == "torch":
+        shared: Array = buffer.numpy()  # by DLPack, tensors of older versions would be read-only
+        return shared
     if hasattr(buffer, "__dlpack__"):
         return np.from_dlpack(buffer)
     if _has_buffer_protocol(buffer):

@@ -101,8 +101,8 @@ PARAMS = {
     "torch-requires-grad": (
         lambda: torch_tensor(requires_grad=True),
         TypeError,
-        "flat_params must share its memory; torch.Tensor refuses: Can't export tensors that require gradient,"
-        " use tensor.detach()",
+        "flat_params must share its memory; torch.Tensor refuses: Can't call numpy() on Tensor that requires grad."
+        " Use tensor.detach().numpy() instead.",
     ),
     "cuda-array-interface": (
         OnDevice,

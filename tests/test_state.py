@@ -286,11 +286,10 @@ def test_numbers_of_other_types(lr):
 
 
 def test_what_a_user_does_to_the_views_of_the_moments(rng):
-    """Their contents are the state's, their shape and flags are the user's own."""
+    """Their contents are the state's, their flags are the user's own."""
     opt, params = stepped(gradients(rng, 2))
     moment = opt.state.exp_avg
     moment[:] = 0.25
-    moment.shape = (N, 1)
     moment.flags.writeable = False
     assert (opt.state.exp_avg == 0.25).all()
     opt.step(params, np.ones(N, np.float32))
