@@ -57,7 +57,9 @@ def use(count: int, choice: Callable[[], bool]) -> None:
 def variants() -> dict[tuple[str, int], Callable[[], None]]:
     """Return (who runs the threads, how many) -> what makes the next step run so."""
     counts = thread_counts(int(numba.config.NUMBA_NUM_THREADS))
-    layers = {f"numba {threads.layer()}": threads.numba_is_safe, "own pool": lambda: False}
+    layers: dict[str, Callable[[], bool]] = {"own pool": lambda: False}
+    if threads.numba_is_safe():  # else a step runs on our own pool whatever it is asked for
+        layers = {f"numba {threads.layer()}": threads.numba_is_safe, **layers}
     return {(name, n): partial(use, n, choice) for name, choice in layers.items() for n in counts}
 
 

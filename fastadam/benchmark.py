@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -103,7 +104,8 @@ def roofline(*arrays: Array) -> None:
     elif threads.numba_is_safe():
         _parallel(*arrays)
     else:
-        threads.run_in_pool(lambda start, stop: _serial(*(array[start:stop] for array in arrays)), size)
+        pieces = threads.pieces(size, threads.count())
+        threads.run_in_pool([partial(_serial, *(array[a:b] for array in arrays)) for a, b in pieces])
 
 
 def bytes_per_element(dtype: Any) -> int:

@@ -76,7 +76,7 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Array:
     if isinstance(buffer, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its .data.")
     if isinstance(buffer, np.ndarray):  # a memmap, for example
-        return buffer.view(np.ndarray)
+        return np.ndarray.view(buffer, np.ndarray)
     if writable and kind.startswith(("jax.", "jaxlib.")):
         raise TypeError(
             f"{name} must be writable in place; got a JAX array, which is immutable."
@@ -85,7 +85,7 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Array:
     try:
         on_device = _is_on_device(buffer)
         array = None if on_device else _share(buffer)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         reason = str(error).partition("\n")[0]
         raise TypeError(f"{name} must share its memory; {kind} refuses: {reason}") from error
     if on_device:
@@ -109,7 +109,10 @@ def _share(buffer: Any) -> Array | None:
         shared: Array = buffer.numpy()  # by DLPack, tensors of older versions would be read-only
         return shared
     if hasattr(buffer, "__dlpack__"):
-        return np.from_dlpack(buffer)
+        try:
+            return np.from_dlpack(buffer, copy=False)
+        except TypeError:  # an exporter from before that argument: it never copies
+            return np.from_dlpack(buffer)
     if _has_buffer_protocol(buffer):
         return np.asarray(memoryview(buffer), copy=False)
     return np.asarray(buffer, copy=False) if hasattr(buffer, "__array_interface__") else None

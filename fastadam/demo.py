@@ -15,7 +15,7 @@ import numpy as np
 
 from fastadam.buffers import Array
 from fastadam.demo_model import MLP
-from fastadam.hyperparameters import Hyperparameters
+from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.optimizer import FusedAdam, warmup
 
 SIZES = (64, 200, 10)
@@ -37,7 +37,7 @@ class Settings:
     epochs : int, default 100
         Passes over the training digits, at least 1.
     lr : float, default 3e-3
-        Learning rate, at least 0.
+        Learning rate, at least 0, within float32.
 
     Raises
     ------
@@ -54,7 +54,8 @@ class Settings:
             raise ValueError(f"seed must be in [0, 2**32); got {self.seed}.")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1; got {self.epochs}.")
-        Hyperparameters(lr=self.lr)
+        hyperparameters = Hyperparameters(lr=self.lr, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
+        Coefficients(hyperparameters, np.dtype(np.float32))  # raises what the first step would
 
 
 class Digits(NamedTuple):

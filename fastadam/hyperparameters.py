@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -45,7 +46,7 @@ def _beta(name: str, value: object) -> float:
     return number
 
 
-def _betas(value: object) -> tuple[float, float]:
+def _betas(_: str, value: object) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"betas must be a pair of real numbers; got {type(value).__name__}.")
     if len(value) != 2:
@@ -57,6 +58,17 @@ def _flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__}.")
     return bool(value)
+
+
+_CHECKS: dict[str, Callable[[str, object], object]] = {
+    "lr": _at_least_zero,
+    "betas": _betas,
+    "eps": _at_least_zero,
+    "weight_decay": _at_least_zero,
+    "decoupled_weight_decay": _flag,
+    "amsgrad": _flag,
+    "maximize": _flag,
+}
 
 
 @dataclass(frozen=True)
@@ -97,22 +109,33 @@ class Hyperparameters:
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        checked = {
-            "lr": _at_least_zero("lr", self.lr),
-            "betas": _betas(self.betas),
-            "eps": _at_least_zero("eps", self.eps),
-            "weight_decay": _at_least_zero("weight_decay", self.weight_decay),
-            "decoupled_weight_decay": _flag("decoupled_weight_decay", self.decoupled_weight_decay),
-            "amsgrad": _flag("amsgrad", self.amsgrad),
-            "maximize": _flag("maximize", self.maximize),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    def changed(self, **values: object) -> Hyperparameters:
+        """Return a copy with some values changed; only those are checked, as every step may change ``lr``."""
+        checked = {name: _CHECKS[name](name, value) for name, value in values.items()}
+        copy = object.__new__(Hyperparameters)
+        copy.__dict__.update(self.__dict__, **checked)
+        return copy
 
     @property
     def moments(self) -> tuple[str, ...]:
         """The names of the state that the rule keeps, in the order of the rule's ``state``."""
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in _DTYPES}
+_SMALLEST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in _DTYPES}
+
+
+def _require_range(name: str, value: float, dtype: Floating) -> None:
+    largest, smallest = _LARGEST[dtype], _SMALLEST[dtype]
+    if value > largest:
+        raise ValueError(f"{name} must be at most {largest:.7g} for {dtype} buffers; got {value:.7g}.")
+    if 0 < value < smallest:
+        raise ValueError(f"{name} must be 0 or at least {smallest:.7g} for {dtype} buffers; got {value:.7g}.")
 
 
 class Coefficients:
@@ -129,42 +152,35 @@ class Coefficients:
     direction : Maximize or None
     decay : L2Decay, DecoupledDecay or None
         Of :mod:`fastadam.kernels.rules`.
+    types : tuple
+        What a kernel is compiled for.
 
     Raises
     ------
     ValueError
-        If a coefficient overflows in ``dtype``, or if ``eps`` becomes zero in it.
+        If a coefficient overflows in ``dtype`` or becomes zero in it.
     """
 
     def __init__(self, hyperparameters: Hyperparameters, dtype: Floating) -> None:
         h = hyperparameters
         beta1, beta2 = h.betas
-        largest = float(np.finfo(dtype).max)
-        extremes = {
-            "lr / (1 - betas[0])": h.lr / (1 - beta1),
-            "eps": h.eps,
-            "weight_decay": h.weight_decay,
-            "lr * weight_decay": h.lr * h.weight_decay,
-        }
-        for name, value in extremes.items():
-            if value > largest:
-                raise ValueError(
-                    f"{name} must be at most {largest:.7g} for {dtype} buffers; got {value:.7g}."
-                )
         rounded = dtype.type
-        if h.eps > 0 and rounded(h.eps) == 0:
-            raise ValueError(f"eps must not round to 0 in {dtype}; got {h.eps}.")
+        _require_range("lr", h.lr, dtype)
+        _require_range("lr / (1 - betas[0])", h.lr / (1 - beta1), dtype)
+        _require_range("eps", h.eps, dtype)
 
         self.dtype = dtype
         self.direction = rules.Maximize() if h.maximize else None
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
-        if h.weight_decay > 0:
-            self.decay = (
-                rules.DecoupledDecay(rounded(h.lr * h.weight_decay))
-                if h.decoupled_weight_decay
-                else rules.L2Decay(rounded(h.weight_decay))
-            )
+        if h.weight_decay > 0 and h.decoupled_weight_decay:
+            _require_range("lr * weight_decay", h.lr * h.weight_decay, dtype)
+            self.decay = rules.DecoupledDecay(rounded(h.lr * h.weight_decay))
+        elif h.weight_decay > 0:
+            _require_range("weight_decay", h.weight_decay, dtype)
+            self.decay = rules.L2Decay(rounded(h.weight_decay))
         self._rule: type[rules.Adam] = rules.AMSGrad if h.amsgrad else rules.Adam
+        self.types = (dtype, type(self.direction), type(self.decay), self._rule)
+
         self._rounded = rounded
         self._lr, self._beta1, self._beta2 = h.lr, beta1, beta2
         self._averaging = (rounded(beta1), rounded(1 - beta1), rounded(beta2), rounded(1 - beta2))

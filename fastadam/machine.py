@@ -45,7 +45,7 @@ def facts() -> dict[str, str]:
         "CPU": f"{cpu()} ({llvm.get_host_cpu_name()})",
         "SIMD registers": simd(_cpu_features()),
         "Threads": threads_used(),
-        "Kernel cache": str(cpu_backend.serial.stats.cache_path or "none (no writable location)"),
+        "Kernel cache": kernel_cache(),
         "CUDA kernels": "none: this version has CPU kernels only",
         "CUDA devices": "\n".join(cuda_devices()) or "none found",
     }
@@ -77,6 +77,14 @@ def threads_used() -> str:
         if safe
         else f"{count} (fastadam's own pool; Numba's {layer} is not safe)"
     )
+
+
+def kernel_cache() -> str:
+    """Return the folder where compiled kernels are kept, or why there is none."""
+    stats = getattr(cpu_backend.serial, "stats", None)
+    if stats is None:  # a plain function
+        return "none (NUMBA_DISABLE_JIT is set: nothing is compiled)"
+    return str(stats.cache_path or "none (no writable location)")
 
 
 def cuda_devices() -> list[str]:

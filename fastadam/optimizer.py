@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ class FusedAdam:
             lr, betas, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize
         )
         self._coefficients: Coefficients | None = None
+        self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
 
     def step(self, flat_params: object, flat_grads: object) -> None:
@@ -127,31 +128,32 @@ class FusedAdam:
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
 
-        before = state = self._state
-        moments = state.arrays
+        state = self._state
+        moments, block = state._arrays, state._block
         if moments:
-            block = state.block
             buffers.require_same_layout("flat_params", params, "the state", moments[0])
             buffers.require_disjoint("flat_params", params, "the state", block)
             buffers.require_disjoint("flat_grads", grads, "the state", block)
         else:  # the first step
             state = State(self._hyperparameters.moments, params.size, params.dtype)
+            moments = state._arrays
 
-        c = self._coefficients
+        kernels, c = backends.cpu(), self._coefficients
         if c is None or c.dtype != params.dtype:
-            c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
-
+            c = Coefficients(self._hyperparameters, params.dtype)
+            if self._prepared != c.types:
+                kernels.prepare(params, grads, moments, c.direction, c.decay, c.rule(1))
+                self._prepared = c.types
+            self._coefficients = c
         rule = c.rule(state.step + 1)
 
-        # Counted before it is taken: an interrupt (Ctrl-C) is raised when the kernel has run to its end.
-        state.count(1)
+        take = kernels.plan(params, grads, moments, c.direction, c.decay, rule)
+
+        # Nothing fails from here on. What a signal handler raises (Ctrl-C) comes when the step is taken to
+        # its end, so it is counted before.
+        state.advance()
         self._state = state
-        try:
-            backends.cpu().step(params, grads, state.arrays, c.direction, c.decay, rule)
-        except Exception:  # it did not compile: nothing is written
-            state.count(-1)
-            self._state = before
-            raise
+        take()
 
     @property
     def state(self) -> State:
@@ -250,7 +252,7 @@ class FusedAdam:
         return self._hyperparameters.maximize
 
     def _change(self, **values: Any) -> None:
-        self._hyperparameters = replace(self._hyperparameters, **values)
+        self._hyperparameters = self._hyperparameters.changed(**values)
         self._coefficients = None
 
     def __repr__(self) -> str:
@@ -279,8 +281,7 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     >>> import fastadam
     >>> fastadam.warmup(weight_decay=0.01, decoupled_weight_decay=True)
     """
-    optimizer = FusedAdam(**hyperparameters)
-    empty = buffers.flat(np.empty(0, dtype), "dtype", writable=True)
-    c = Coefficients(optimizer._hyperparameters, empty.dtype)
-    moments = (empty,) * len(optimizer._hyperparameters.moments)
-    backends.cpu().warmup(empty, empty, moments, c.direction, c.decay, c.rule(1))
+    h = FusedAdam(**hyperparameters)._hyperparameters
+    math_dtype = buffers.flat(np.empty(0, dtype), "dtype", writable=True).dtype
+    c = Coefficients(h, math_dtype)
+    backends.cpu().warmup(math_dtype, len(h.moments), c.direction, c.decay, c.rule(1))

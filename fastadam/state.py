@@ -40,6 +40,7 @@ class State:
         Steps taken.
     """
 
+    # _arrays and _block are for the optimizer. Nobody else gets them: a kernel trusts their size and dtype.
     __slots__ = ("_arrays", "_block", "_names", "_step")
 
     def __init__(
@@ -111,9 +112,9 @@ class State:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._names, self.to_dict())
 
-    def count(self, steps: int) -> None:
-        """Count steps as taken, or as not taken after all."""
-        self._step += steps
+    def advance(self) -> None:
+        """Count one more step."""
+        self._step += 1
 
     @property
     def step(self) -> int:
@@ -122,18 +123,13 @@ class State:
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """The moments in the order of the rule's ``state``, for the kernels; empty before the first step."""
-        return self._arrays
-
-    @property
-    def block(self) -> Array:
-        """The memory of all moments."""
-        return self._block
+        """Views of the moments in the order of the rule's ``state``; empty before the first step."""
+        return tuple(array[:] for array in self._arrays)
 
     @property
     def moments(self) -> dict[str, Array]:
         """A new dict of name -> view of the moment; empty before the first step."""
-        return {name: array[:] for name, array in zip(self._names, self._arrays, strict=True)}
+        return dict(zip(self._names, self.arrays, strict=True))
 
     @property
     def exp_avg(self) -> Array | None:

@@ -16,26 +16,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import marshal
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import rules
+from . import rules, storage
 
 JIT_OPTIONS = {"error_model": "numpy"}
 
 
-def _digest_of_sources() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+def _digest() -> str:
+    """Digest all source files of this package, and the rules as loaded.
 
-
-SOURCE_DIGEST = _digest_of_sources()
-"""A digest of the source files of this package."""
+    Python may load a rule from a stale ``.pyc`` (same size, same second): its machine code must not be cached
+    as that of the new source.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for module in (rules, storage):
+        for function in vars(module).values():
+            if isinstance(function, FunctionType):
+                digest.update(marshal.dumps(function.__code__, 2))  # from 3 on it depends on refcounts
+    return digest.hexdigest()
 
 
 class _TolerantCache(FunctionCache):  # type: ignore[misc]
@@ -64,7 +73,7 @@ def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = Fal
     ``make_loop(cache_key)`` returns the loop, which must name ``cache_key`` somewhere in its body.
     """
     options = {**JIT_OPTIONS, "nogil": True, "parallel": parallel}
-    loop = make_loop(f"{SOURCE_DIGEST} {options}")
+    loop = make_loop(f"{_digest()} {options}")
     # The name names the cache's index file: one for each loop.
     loop.__qualname__ = loop.__name__ = f"{loop.__name__}_{'parallel' if parallel else 'serial'}"
     dispatcher = numba.njit(loop, **options)

@@ -7,6 +7,7 @@ allocated. Arrays are flat and C-contiguous, of one size and dtype, and must not
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,15 +48,17 @@ serial = jit(_make_loop)
 parallel = jit(_make_loop, parallel=True)
 
 
-def step(
+def plan(
     params: Array,
     grads: Array,
     states: tuple[Array, ...],
     direction: rules.Maximize | None,
     decay: rules.L2Decay | rules.DecoupledDecay | None,
     rule: rules.Adam | rules.AMSGrad,
-) -> None:
-    """Advance ``params`` and ``states`` by one step, in place, by :func:`fastadam.kernels.rules.update`.
+) -> Callable[[], None]:
+    """Return the call that advances ``params`` and ``states`` by one step, in place.
+
+    All that could fail is done here, before anything is written.
 
     Parameters
     ----------
@@ -66,23 +69,39 @@ def step(
     states : tuple of ndarray, each of shape (n,)
         What the rule calls its state; read and written.
     direction, decay, rule
-        The coefficients of the three parts of the equation, scalars of the dtype of ``params``.
+        The coefficients of the three parts of the equation (:func:`fastadam.kernels.rules.update`), scalars
+        of the dtype of ``params``.
     """
-    if params.size < PARALLEL_FROM:
-        serial(params, grads, states, direction, decay, rule)
-    elif threads.numba_is_safe():
-        parallel(params, grads, states, direction, decay, rule)
-    else:
-
-        def step_piece(start: int, stop: int) -> None:
-            piece = tuple(state[start:stop] for state in states)
-            serial(params[start:stop], grads[start:stop], piece, direction, decay, rule)
-
-        threads.run_in_pool(step_piece, params.size)
-
-
-def warmup(*arguments: Any) -> None:
-    """Compile, or load from the disk cache, all that :func:`step` may run for arguments of these types."""
-    serial(*arguments)
+    size = params.size
+    if size < PARALLEL_FROM:
+        return partial(serial, params, grads, states, direction, decay, rule)
     if threads.numba_is_safe():
-        parallel(*arguments)
+        return partial(parallel, params, grads, states, direction, decay, rule)
+    calls = [
+        partial(serial, params[a:b], grads[a:b], tuple(s[a:b] for s in states), direction, decay, rule)
+        for a, b in threads.pieces(size, threads.count())
+    ]
+    return calls[0] if len(calls) == 1 else partial(threads.run_in_pool, calls)
+
+
+def prepare(
+    params: Array,
+    grads: Array,
+    states: tuple[Array, ...],
+    direction: rules.Maximize | None,
+    decay: rules.L2Decay | rules.DecoupledDecay | None,
+    rule: rules.Adam | rules.AMSGrad,
+) -> None:
+    """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
+    loop = parallel if params.size >= PARALLEL_FROM and threads.numba_is_safe() else serial
+    loop(params[:0], grads[:0], tuple(state[:0] for state in states), direction, decay, rule)
+
+
+def warmup(dtype: np.dtype[Any], n_states: int, direction: Any, decay: Any, rule: Any) -> None:
+    """Compile, or load from the disk cache, all loops for buffers of a dtype."""
+    empty = np.empty(0, dtype)
+    read_only = empty[:]
+    read_only.flags.writeable = False
+    for grads in (empty, read_only):  # two types to Numba
+        for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
+            loop(empty, grads, (empty,) * n_states, direction, decay, rule)

@@ -7,17 +7,25 @@ Numba's parallel regions are the fastest way to start threads, but not a safe on
 - GNU ``omp`` kills a forked child that enters a region when its parent had entered one; ``tbb`` is in an
   undefined state in a child that was forked from another than the main thread.
 
-There, :func:`run_in_pool` splits the buffers among the threads of a pool of our own. Which threads run which
+There, :func:`run_in_pool` spreads the pieces of a step over threads of our own. Which threads run which
 elements does not change a bit of the result.
+
+The pool is not ``concurrent.futures``: an interrupt (Ctrl-C) in its ``submit`` can leave a lock held for
+ever, and a ``submit`` that raises may have queued its work all the same. A step is taken once, and whole. So
+here are only primitives that an interrupt cannot leave half done: ``SimpleQueue`` and ``start_new_thread``,
+neither ``threading.Event`` nor ``Thread``.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 
 import numba
+
+from . import forks
 
 MIN_PIECE = 262_144
 """Elements below which another Python thread costs more than it saves: waking one takes about
@@ -26,18 +34,7 @@ MIN_PIECE = 262_144
 ALIGNMENT = 16
 """Pieces start at multiples of this many elements, so that no two threads write to one cache line."""
 
-_forked = False
-_pool: ThreadPoolExecutor | None = None
-
-
-def _after_fork_in_child() -> None:
-    global _forked, _pool
-    _forked = True
-    _pool = None  # its threads stayed in the parent
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+_numba_layer_is_safe: bool | None = None
 
 
 def count() -> int:
@@ -51,13 +48,10 @@ def layer() -> str:
     return str(numba.threading_layer())
 
 
-_numba_layer_is_safe: bool | None = None
-
-
 def numba_is_safe() -> bool:
     """Return whether the calling thread may enter a parallel region of Numba."""
     global _numba_layer_is_safe
-    if _forked:
+    if forks.in_child:
         return False
     if _numba_layer_is_safe is None:
         _numba_layer_is_safe = layer() in {"tbb", "omp"}
@@ -72,24 +66,87 @@ def pieces(size: int, threads: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def run_in_pool(work: Callable[[int, int], None], size: int) -> None:
-    """Call ``work(start, stop)`` on pieces of ``range(size)``, one of them in the calling thread.
+class _Job:
+    """Calls to be made once each, by whichever threads come."""
 
-    ``work`` must release the GIL. Returns when all pieces are done.
-    """
-    global _pool
-    own, *others = pieces(size, count())
-    if _pool is None:
-        _pool = ThreadPoolExecutor(int(numba.config.NUMBA_NUM_THREADS), thread_name_prefix="fastadam")
-    futures: list[Future[None]] = []
-    try:
-        for start, stop in others:
+    def __init__(self, calls: Sequence[Callable[[], None]]) -> None:
+        self.todo = deque(calls)
+        self.wanted = len(calls)
+        self.results: list[BaseException | None] = []
+        self.finished: SimpleQueue[None] = SimpleQueue()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all calls have returned."""
+        return len(self.results) == self.wanted
+
+    def work(self) -> None:
+        """Make calls until none is left to begin."""
+        while True:
             try:
-                futures.append(_pool.submit(work, start, stop))
-            except RuntimeError:  # the interpreter is shutting down: it starts no threads any more
-                work(start, stop)
-        work(*own)
-    finally:
-        wait(futures)
-    for future in futures:
-        future.result()
+                call = self.todo.popleft()  # atomic: nobody else gets it
+            except IndexError:
+                return
+            error = None
+            try:
+                call()
+            except BaseException as caught:  # passed on to the caller of run_in_pool
+                error = caught
+            self.results.append(error)
+            if self.is_done:
+                self.finished.put(None)
+
+
+_jobs: SimpleQueue[_Job] = SimpleQueue()
+_workers = 0
+
+
+def _serve(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        jobs.get().work()  # no name keeps the job, and with it the buffers, alive
+
+
+def _have_workers(wanted: int) -> int:
+    """Start threads up to ``wanted``, as far as the system lets us; return how many there are."""
+    global _workers
+    while _workers < wanted:
+        try:
+            start_new_thread(_serve, (_jobs,))
+        except RuntimeError:  # the system's limit, or the interpreter is shutting down
+            break
+        _workers += 1
+    return min(_workers, wanted)
+
+
+def _forget_workers() -> None:
+    global _jobs, _workers
+    _jobs, _workers = SimpleQueue(), 0
+
+
+forks.on_fork(_forget_workers)  # they stayed in the parent
+
+
+def run_in_pool(calls: Sequence[Callable[[], None]]) -> None:
+    """Make each call once, in as many threads, and return when all have returned.
+
+    The calling thread only waits: an exception that a signal handler raises in it, such as
+    ``KeyboardInterrupt``, is passed on when all calls are made. The calls should release the GIL.
+    """
+    job = _Job(calls)
+    interrupt: BaseException | None = None
+    asked = 0
+    while not job.is_done:
+        try:
+            workers = _have_workers(len(calls))
+            if workers == 0:  # not one thread is to be had
+                job.work()
+                break
+            while asked < workers:
+                _jobs.put(job)
+                asked += 1
+            job.finished.get()
+        except BaseException as caught:  # raised below
+            interrupt = caught
+    error = interrupt or next(filter(None, job.results), None)
+    if error is not None:
+        raise error

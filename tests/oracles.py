@@ -84,9 +84,17 @@ class algorithm_1:  # noqa: N801
         self.theta = self.theta - self.alpha * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
-def interpret(hyperparameters: Hyperparameters, params, grads, states, step: int, update=rules.update):
+def interpret(
+    hyperparameters: Hyperparameters,
+    params,
+    grads,
+    states,
+    step: int,
+    update=rules.update,
+    coefficients=Coefficients,
+):
     """Return the new parameters and states of one step, computed with NumPy scalars of ``params.dtype``."""
-    c = Coefficients(hyperparameters, params.dtype)
+    c = coefficients(hyperparameters, params.dtype)
     new_params = np.empty_like(params)
     new_states = tuple(np.empty_like(state) for state in states)
     # math.sqrt of an np.float32 is a float64; np.sqrt rounds to float32, correctly.

@@ -101,6 +101,19 @@ def test_an_edited_source_is_compiled_again(copied, file, old, new, expected):
     assert run(copied)[:2] == (-0.5, 1)
 
 
+def test_machine_code_of_a_stale_pyc_is_not_kept(copied):
+    """Python itself runs the old rule after an edit of one size and second; a touch must end that."""
+    writes_pyc = {"PYTHONDONTWRITEBYTECODE": ""}
+    assert run(copied, **writes_pyc)[0] == -0.5
+    source = copied / "fastadam/kernels/rules.py"
+    stat, text = source.stat(), source.read_text()
+    source.write_text(text.replace("return param - c.step_size", "return param + c.step_size"))
+    os.utime(source, (stat.st_atime, stat.st_mtime))
+    assert run(copied, **writes_pyc)[0] == -0.5, "no stale .pyc: this test shows nothing"
+    os.utime(source)
+    assert run(copied, **writes_pyc)[0] == 0.5
+
+
 def test_other_jit_options_are_compiled_again(copied):
     run(copied)
     source = copied / "fastadam/kernels/compiling.py"
@@ -108,6 +121,10 @@ def test_other_jit_options_are_compiled_again(copied):
     assert run(copied)[1] == 0
 
 
+@pytest.mark.skipif(
+    sys.platform == "win32",
+    reason="Numba finds its user-wide cache there through the registry, not the environment",
+)
 def test_no_writable_place(copied, tmp_path):
     """Every place that Numba would write to is a file: no cache, and nothing else."""
     nowhere = tmp_path / "file"

@@ -34,10 +34,10 @@ def invoke(*arguments):
     return runner_of.CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def run(*arguments, cwd=None):
+def run(*arguments, cwd=None, **variables):
     """Run a real process; warnings are errors there too."""
     command = [sys.executable, "-W", "error", *(str(argument) for argument in arguments)]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **variables}
     return subprocess.run(
         command, check=False, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
@@ -106,6 +106,12 @@ def test_info_as_a_process():
     process = run("-m", "fastadam", "info")
     assert (process.returncode, process.stderr) == (0, "")
     assert shown(process.stdout).items() >= machine.facts().items()
+
+
+def test_info_without_compilation():
+    process = run("-m", "fastadam", "info", NUMBA_DISABLE_JIT="1")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert shown(process.stdout)["Kernel cache"] == "none (NUMBA_DISABLE_JIT is set: nothing is compiled)"
 
 
 def test_info_prints_values_as_they_are(monkeypatch):
@@ -273,6 +279,7 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     [
         ("--epochs", 0, "epochs must be at least 1; got 0."),
         ("--lr", -1, "lr must be at least 0; got -1.0."),
+        ("--lr", 1e39, "lr must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
         ("--seed", -1, "seed must be in [0, 2**32); got -1."),
         ("--output", "plot.txt", "output must end in .png, .pdf or .svg; got plot.txt."),
     ],

@@ -101,8 +101,8 @@ PARAMS = {
     "torch-requires-grad": (
         lambda: torch_tensor(requires_grad=True),
         TypeError,
-        "flat_params must share its memory; torch.Tensor refuses: Can't call numpy() on Tensor that requires grad."
-        " Use tensor.detach().numpy() instead.",
+        "flat_params must share its memory; torch.Tensor refuses: Can't call numpy() on Tensor that requires"
+        " grad. Use tensor.detach().numpy() instead.",
     ),
     "cuda-array-interface": (
         OnDevice,
@@ -275,14 +275,16 @@ def test_bad_hyperparameters_set_later(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 1e39}, "lr / (1 - betas[0]) must be at most 3.402823e+38 for float32 buffers; got 1e+40."),
+        ({"lr": 1e39}, "lr must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
+        ({"lr": 1e38}, "lr / (1 - betas[0]) must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
         ({"eps": 1e39}, "eps must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
         ({"weight_decay": 1e39}, "weight_decay must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
         (
-            {"lr": 1e20, "weight_decay": 1e20},
+            {"lr": 1e20, "weight_decay": 1e20, "decoupled_weight_decay": True},
             "lr * weight_decay must be at most 3.402823e+38 for float32 buffers; got 1e+40.",
         ),
-        ({"eps": 1e-50}, "eps must not round to 0 in float32; got 1e-50."),
+        ({"eps": 1e-50}, "eps must be 0 or at least 1.401298e-45 for float32 buffers; got 1e-50."),
+        ({"lr": 1e-50}, "lr must be 0 or at least 1.401298e-45 for float32 buffers; got 1e-50."),
     ],
 )
 def test_hyperparameters_out_of_the_range_of_float32(arguments, message):

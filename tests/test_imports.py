@@ -19,8 +19,9 @@ SOURCES = {
 
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
-    {"kernels.__init__", "kernels.rules", "kernels.storage", "kernels.threads"},
-    {"kernels.compiling"},
+    {"kernels.forks", "kernels.rules", "kernels.storage"},
+    {"kernels.__init__"},
+    {"kernels.compiling", "kernels.threads"},
     {"kernels.cpu"},
     {"backends", "buffers", "hyperparameters"},
     {"state"},
@@ -42,8 +43,9 @@ def imports(source, module):
         if isinstance(node, ast.Import):
             found |= {as_module(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = "fastadam.kernels" if module.startswith("kernels.") else "fastadam"
-            origin = ".".join(filter(None, [package if node.level else "", node.module]))
+            # One level is the package of the module, and each further one the package of that.
+            packages = f"fastadam.{module}".split(".")[: -node.level] if node.level else []
+            origin = ".".join([*packages, *filter(None, [node.module])])
             found |= {as_module(f"{origin}.{alias.name}") or as_module(origin) for alias in node.names}
     return found - {None}
 
@@ -81,7 +83,16 @@ def test_modules_import_only_downward():
     ("module", "line"),
     [
         ("kernels.rules", "from .cpu import step"),
+        ("kernels.rules", "from . import compiling"),
         ("kernels.cpu", "from fastadam import buffers"),
+        ("kernels.cpu", "from ..optimizer import FusedAdam"),
+        ("kernels.cpu", "from .. import buffers"),
+        ("kernels.cpu", "from .. import FusedAdam"),
+        ("kernels.rules", "from ..kernels.cpu import step"),
+        ("kernels.__init__", "from .compiling import jit"),
+        ("kernels.__init__", "from .. import optimizer"),
+        ("buffers", "from .optimizer import FusedAdam"),
+        ("buffers", "from . import FusedAdam"),
         ("kernels.threads", "import fastadam.kernels.compiling"),
         ("buffers", "def f():\n    from fastadam.optimizer import FusedAdam"),
         ("state", "from fastadam import optimizer"),
