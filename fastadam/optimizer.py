@@ -104,7 +104,8 @@ class FusedAdam:
         """Advance the parameters by one step, in place.
 
         Reads ``flat_params``, ``flat_grads`` and the moments, writes ``flat_params`` and the moments: 28
-        bytes per float32 element. A call that raises has changed nothing.
+        bytes per float32 element. A call that raises has changed nothing; only what a signal handler raises,
+        such as ``KeyboardInterrupt``, may follow a step that was taken whole and counted.
 
         Parameters
         ----------
@@ -162,7 +163,7 @@ class FusedAdam:
 
     def reset(self) -> None:
         """Forget all steps: drop the moments and the step counter, keep the hyperparameters."""
-        self._state = State()
+        self._state, self._coefficients, self._prepared = State(), None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-exact resume needs.
@@ -198,7 +199,8 @@ class FusedAdam:
         require_keys(entries, names)
         hyperparameters = Hyperparameters(**{name: plain(entries.pop(name)) for name in names})
         state = State.from_dict(entries, hyperparameters.moments, self._state)
-        self._hyperparameters, self._coefficients, self._state = hyperparameters, None, state
+        self._hyperparameters, self._state = hyperparameters, state
+        self._coefficients = self._prepared = None
 
     @property
     def lr(self) -> float:
