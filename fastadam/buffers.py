@@ -1,6 +1,7 @@
-"""Any array -> a flat NumPy array that shares its memory, or an error that says what is wrong and what helps.
+"""Any array -> a flat buffer that shares its memory, or an error that says what is wrong and what helps.
 
-Nothing here copies, and nothing here writes.
+A buffer is a NumPy array in CPU memory, a :class:`fastadam.kernels.cuda.DeviceBuffer` in GPU memory. Nothing
+here copies, and nothing here writes.
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from fastadam import backends, device_buffers
+from fastadam.kernels.cuda import DeviceBuffer
+
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+Buffer: TypeAlias = Array | DeviceBuffer
+
 _FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-_DLPACK_CPU = {1, 3, 11}  # kDLCPU, and host memory pinned for CUDA (3) or ROCm (11)
+_DLPACK_CPU = (1, 3, 11)  # kDLCPU, and host memory pinned for CUDA (3) or ROCm (11)
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-def flat(buffer: object, name: str, *, writable: bool) -> Array:
-    """View a buffer as a flat array.
+def flat(buffer: object, name: str, *, writable: bool) -> Buffer:
+    """View an array as a flat buffer.
 
     Parameters
     ----------
     buffer : array_like
         A C-contiguous array of any shape, float32 or float64: NumPy's, or anything that exposes one without a
-        copy through DLPack, ``__array_interface__`` or the buffer protocol.
+        copy through DLPack, ``__array_interface__``, the buffer protocol or ``__cuda_array_interface__``.
     name : str
         What errors call it.
     writable : bool
@@ -30,19 +37,21 @@ def flat(buffer: object, name: str, *, writable: bool) -> Array:
 
     Returns
     -------
-    ndarray, shape (n,)
+    ndarray or DeviceBuffer, shape (n,)
         Shares the memory of ``buffer``.
 
     Raises
     ------
+    ImportError
+        If a CUDA array comes and no CUDA backend is installed.
     TypeError
-        If the buffer is not an array in CPU memory, cannot be shared, is immutable, or has another dtype.
+        If the buffer is not an array, cannot be shared, is immutable, or has another dtype.
     ValueError
-        If it is not contiguous, or not writable where it must be.
+        If it is not contiguous, not writable where it must be, or not aligned where a GPU needs it.
     """
-    array: Array = (
-        cast("Array", buffer) if type(buffer) is np.ndarray else _adopt(buffer, name, writable=writable)
-    )
+    array = cast("Array", buffer) if type(buffer) is np.ndarray else _adopt(buffer, name, writable=writable)
+    if isinstance(array, DeviceBuffer):
+        return array
     if array.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32 or float64; got {array.dtype}.")
     flags = array.flags
@@ -56,7 +65,14 @@ def flat(buffer: object, name: str, *, writable: bool) -> Array:
     return array if array.ndim == 1 else array.reshape(-1)
 
 
-def require_same_layout(name: str, array: Array, other_name: str, other: Array) -> None:
+def require_same_layout(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
+    """Raise unless ``array`` has the size (ValueError), dtype and device (TypeError) of ``other``."""
+    if type(array) is not np.ndarray or type(other) is not np.ndarray:
+        _require_same_device(name, array, other_name, other)
+    require_same_size(name, array, other_name, other)
+
+
+def require_same_size(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
     """Raise unless ``array`` has the size (ValueError) and the dtype (TypeError) of ``other``."""
     if array.size != other.size:
         raise ValueError(f"{name} must have the size of {other_name} ({other.size}); got {array.size}.")
@@ -64,14 +80,40 @@ def require_same_layout(name: str, array: Array, other_name: str, other: Array) 
         raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}); got {array.dtype}.")
 
 
-def require_disjoint(name: str, array: Array, other_name: str, other: Array) -> None:
-    """Raise ValueError if two flat arrays share memory."""
-    if np.may_share_memory(array, other):  # compares bounds: exact for contiguous arrays
+def require_disjoint(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
+    """Raise ValueError if two flat buffers in the same memory share some of it."""
+    if isinstance(array, DeviceBuffer) and isinstance(other, DeviceBuffer):
+        overlap = array.pointer < _end(other) and other.pointer < _end(array)
+    else:
+        overlap = np.may_share_memory(array, other)  # compares bounds: exact for contiguous arrays
+    if overlap:
         raise ValueError(f"{name} must not overlap {other_name}; got buffers that share memory. Pass a copy.")
 
 
-def _adopt(buffer: object, name: str, *, writable: bool) -> Array:
-    """View what is not exactly an ``ndarray`` as one."""
+def _end(buffer: DeviceBuffer) -> int:
+    return buffer.pointer + buffer.size * buffer.dtype.itemsize
+
+
+def place(buffer: Buffer) -> str:
+    """Return where a buffer lies, for errors."""
+    return f"CUDA device {buffer.device}" if isinstance(buffer, DeviceBuffer) else "CPU memory"
+
+
+def _require_same_device(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
+    if place(array) != place(other):
+        raise TypeError(
+            f"{name} must be on the device of {other_name} ({place(other)}); got {place(array)}. Pass a copy."
+        )
+
+
+def require_in_cpu_memory(name: str, array: Buffer) -> None:
+    """Raise TypeError if a buffer lies in GPU memory."""
+    if isinstance(array, DeviceBuffer):
+        raise TypeError(f"{name} must be in CPU memory; got {place(array)}. Pass a CPU copy.")
+
+
+def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
+    """View what is not exactly an ``ndarray`` as one, or as a buffer in GPU memory."""
     kind = f"{type(buffer).__module__.partition('.')[0]}.{type(buffer).__name__}"
     if isinstance(buffer, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its .data.")
@@ -83,25 +125,36 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Array:
             " Pass a NumPy copy: numpy.array(x)."
         )
     try:
-        on_device = _is_on_device(buffer)
+        interface, on_device = _device_interface(buffer)
         array = None if on_device else _share(buffer)
+    except ImportError:
+        raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise TypeError(f"{name} must share its memory; {kind} refuses: {reason}") from error
+    if interface is not None:
+        return device_buffers.flat(buffer, interface, name, writable=writable)
     if on_device:
-        raise TypeError(f"{name} must be in CPU memory; got a device array ({kind}). Pass a CPU copy.")
+        raise TypeError(
+            f"{name} must be in CPU memory or on an NVIDIA GPU; got another device's array ({kind})."
+            " Pass a CPU copy."
+        )
     if array is None:
         raise TypeError(
-            f"{name} must be an array that shares its memory (NumPy, DLPack, __array_interface__ or the"
-            f" buffer protocol); got {type(buffer).__name__}."
+            f"{name} must be an array that shares its memory (NumPy, DLPack, __array_interface__, the buffer"
+            f" protocol or __cuda_array_interface__); got {type(buffer).__name__}."
         )
     return array
 
 
-def _is_on_device(buffer: object) -> bool:
+def _device_interface(buffer: Any) -> tuple[dict[str, Any] | None, bool]:
+    """Return the CUDA array interface, if it is in GPU memory, and whether it is in any device's memory."""
     if hasattr(buffer, "__cuda_array_interface__"):
-        return True
-    return hasattr(buffer, "__dlpack_device__") and int(buffer.__dlpack_device__()[0]) not in _DLPACK_CPU
+        return buffer.__cuda_array_interface__, True
+    device = int(buffer.__dlpack_device__()[0]) if hasattr(buffer, "__dlpack_device__") else _DLPACK_CPU[0]
+    if device in _DLPACK_CUDA:
+        return backends.load("cupy").from_dlpack(buffer).__cuda_array_interface__, True
+    return None, device not in _DLPACK_CPU
 
 
 def _share(buffer: Any) -> Array | None:

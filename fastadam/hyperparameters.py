@@ -10,10 +10,12 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastadam import bias_correction
 from fastadam.kernels import rules
 
 Floating: TypeAlias = np.dtype[np.floating[Any]]
@@ -54,7 +56,8 @@ def _betas(_: str, value: object) -> tuple[float, float]:
     return _beta("betas[0]", value[0]), _beta("betas[1]", value[1])
 
 
-def _flag(name: str, value: object) -> bool:
+def require_flag(name: str, value: object) -> bool:
+    """Return a bool; raise TypeError if it is none."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__}.")
     return bool(value)
@@ -65,9 +68,9 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "betas": _betas,
     "eps": _at_least_zero,
     "weight_decay": _at_least_zero,
-    "decoupled_weight_decay": _flag,
-    "amsgrad": _flag,
-    "maximize": _flag,
+    "decoupled_weight_decay": require_flag,
+    "amsgrad": require_flag,
+    "maximize": require_flag,
 }
 
 
@@ -138,6 +141,19 @@ def _require_range(name: str, value: float, dtype: Floating) -> None:
         raise ValueError(f"{name} must be 0 or at least {smallest:.7g} for {dtype} buffers; got {value:.7g}.")
 
 
+@lru_cache(maxsize=16)
+def _inverse_corrections(beta: float, number: int, dtype: Floating) -> list[np.floating[Any]]:
+    """Return ``1 / (1 - beta ** step)``, rounded, for a block of steps."""
+    with np.errstate(divide="ignore"):  # step 0 is never taken
+        return list((1 / bias_correction.block(beta, number)).astype(dtype))
+
+
+@lru_cache(maxsize=16)
+def _corrections(beta: float, number: int) -> list[float]:
+    """Return ``1 - beta ** step`` for a block of steps."""
+    return bias_correction.block(beta, number).tolist()
+
+
 class Coefficients:
     """The coefficients of every step in one dtype; what does not depend on the step is rounded only once.
 
@@ -174,7 +190,8 @@ class Coefficients:
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
         if h.weight_decay > 0 and h.decoupled_weight_decay:
             _require_range("lr * weight_decay", h.lr * h.weight_decay, dtype)
-            self.decay = rules.DecoupledDecay(rounded(h.lr * h.weight_decay))
+            decay = rules.lr_times_weight_decay(h.lr, h.weight_decay)
+            self.decay = rules.DecoupledDecay(rounded(decay))
         elif h.weight_decay > 0:
             _require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
@@ -182,13 +199,20 @@ class Coefficients:
         self.types = (dtype, type(self.direction), type(self.decay), self._rule)
 
         self._rounded = rounded
-        self._lr, self._beta1, self._beta2 = h.lr, beta1, beta2
+        self._lr, self._betas = h.lr, h.betas
         self._averaging = (rounded(beta1), rounded(1 - beta1), rounded(beta2), rounded(1 - beta2))
         self._eps = rounded(h.eps)
+        self._block = -1
 
     def rule(self, step: int) -> rules.Adam:
         """Return the rule's coefficients for step number ``step``, counted from 1."""
-        step_size = self._rounded(self._lr / (1 - self._beta1**step))
-        inv_bias_correction2 = self._rounded(1 / (1 - self._beta2**step))
+        block, place = divmod(step, bias_correction.BLOCK)
+        if block != self._block:
+            beta1, beta2 = self._betas
+            self._corrections1 = _corrections(beta1, block)
+            self._inverse_corrections2 = _inverse_corrections(beta2, block, self.dtype)
+            self._block = block
+        step_size = self._rounded(rules.step_size(self._lr, self._corrections1[place]))
+        inv_bias_correction2 = self._inverse_corrections2[place]
         # What the NamedTuple's constructor does, in half of its time.
         return tuple.__new__(self._rule, (step_size, *self._averaging, inv_bias_correction2, self._eps))

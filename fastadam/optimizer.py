@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastadam import backends, buffers
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam import backends, bias_correction, buffers, device_buffers
+from fastadam.hyperparameters import Coefficients, Hyperparameters, require_flag
+from fastadam.kernels.cuda import Clock, DeviceBuffer, KernelTypes
 from fastadam.state import State, plain, require_keys
 
 
@@ -25,7 +26,8 @@ class FusedAdam:
             \Big/ \Big( \sqrt{\frac{v_t}{1 - \beta_2^t}} + \text{eps} \Big)
 
     The moments are allocated on the first step, and are all that it allocates: 8 bytes per float32 parameter
-    (12 with AMSGrad). One optimizer may not step in two threads at once; different optimizers may.
+    (12 with AMSGrad), on the device of the parameters. One optimizer may not step in two threads at once;
+    different optimizers may.
 
     Parameters
     ----------
@@ -44,20 +46,28 @@ class FusedAdam:
         Divide by the root of the maximum of all second moments so far.
     maximize : bool, default False
         Ascend: the gradient is negated, before any weight decay.
+    backend : {None, "cpu", "cupy", "numba-cuda"}, default None
+        What runs the steps. None chooses by the buffers of the first step: for arrays in GPU memory CuPy, or
+        numba-cuda where CuPy is not installed.
+    capturable : bool, default False
+        Keep the step counter and the learning rate in GPU memory, so that a step captured in a CUDA graph
+        counts on, and follows :attr:`lr`, with every replay. The bits are the same.
 
     Raises
     ------
     TypeError
         If a hyperparameter is not of its type.
     ValueError
-        If a hyperparameter is not finite or out of its range.
+        If a hyperparameter is not finite or out of its range, or there is no such backend.
+    ImportError
+        If the package that the backend needs is not installed.
 
     Notes
     -----
     Names, meanings and defaults are those of ``torch.optim.Adam``; ``decoupled_weight_decay=True`` makes it
     ``torch.optim.AdamW``, whose default ``weight_decay`` is 0.01. The arithmetic is that of the parameters'
-    dtype, and every operation rounds once: the same inputs give the same bits with any number of threads and
-    any split of the buffer. See :mod:`fastadam.kernels.rules`.
+    dtype, and every operation rounds once: the same inputs give the same bits with any number of threads, any
+    split of the buffer, and on GPUs. See :mod:`fastadam.kernels.rules`.
 
     A gradient with inf or NaN is not an error: it reaches the parameter and the moments of its element only.
     So does one whose square overflows: its element becomes NaN with the next step.
@@ -92,69 +102,102 @@ class FusedAdam:
         decoupled_weight_decay: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
+        backend: str | None = None,
+        capturable: bool = False,
     ) -> None:
         self._hyperparameters = Hyperparameters(
             lr, betas, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize
         )
+        self._backend = backends.require_name(backend)
+        self._capturable = require_flag("capturable", capturable)
         self._coefficients: Coefficients | None = None
         self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
+        self._kernels: Any = None  # the backend, from the first step on
+        self._stream: tuple[str, int, int] | None = None  # of the last step: library, device, stream
 
-    def step(self, flat_params: object, flat_grads: object) -> None:
+    def step(self, flat_params: object, flat_grads: object, *, stream: object = None) -> None:
         """Advance the parameters by one step, in place.
 
         Reads ``flat_params``, ``flat_grads`` and the moments, writes ``flat_params`` and the moments: 28
         bytes per float32 element. A call that raises has changed nothing; only what a signal handler raises,
         such as ``KeyboardInterrupt``, may follow a step that was taken whole and counted.
 
+        On a GPU the step is queued, and the call returns: it waits for nothing, and copies nothing once the
+        moments are there.
+
         Parameters
         ----------
         flat_params : array_like
             The parameters, n elements, read and written: a C-contiguous, writable array of any shape, float32
-            or float64, in CPU memory; NumPy's or anything that shares its memory (DLPack,
-            ``__array_interface__``, buffer protocol), such as a detached torch tensor.
+            or float64. In CPU memory, NumPy's or anything that shares its memory (DLPack,
+            ``__array_interface__``, buffer protocol), such as a detached torch tensor. In GPU memory, aligned
+            to its elements, CuPy's, Numba's or anything with ``__cuda_array_interface__`` or DLPack.
         flat_grads : array_like
-            The gradients, n elements of the same dtype, read only. May be read-only.
+            The gradients, n elements of the same dtype on the same device, read only. May be read-only.
+        stream : optional
+            The CUDA stream on which to queue the step: an object of any library, or the handle. Without it,
+            the current stream of the library that made ``flat_params``, in the right order with that of
+            ``flat_grads``.
 
         Raises
         ------
         TypeError
-            If a buffer is not an array in CPU memory, cannot be shared or written to in place, or has another
-            dtype than float32, float64, the parameters or the moments.
+            If a buffer is not an array, cannot be shared or written to in place, has another dtype than
+            float32, float64, the parameters or the moments, or lies elsewhere than the parameters, the moments
+            or the backend; or if ``stream`` is no stream.
         ValueError
-            If a buffer is not contiguous, the parameters are read-only, sizes differ, or buffers overlap.
+            If a buffer is not contiguous, the parameters are read-only, sizes differ, or buffers overlap; or
+            if the stream is being captured and the step could not be replayed.
+        ImportError
+            If a CUDA array comes and no CUDA backend is installed.
         """
         params = buffers.flat(flat_params, "flat_params", writable=True)
         grads = buffers.flat(flat_grads, "flat_grads", writable=False)
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
+        if stream is not None:
+            params, grads = _on_stream(params, stream), _on_stream(grads, stream)
 
-        state = self._state
+        state, kernels = self._state, self._kernels
+        if kernels is None:  # the first step, or the first after load_state_dict
+            kernels, state = self._begin(params)
         moments, block = state._arrays, state._block
-        if moments:
-            buffers.require_same_layout("flat_params", params, "the state", moments[0])
-            buffers.require_disjoint("flat_params", params, "the state", block)
-            buffers.require_disjoint("flat_grads", grads, "the state", block)
-        else:  # the first step
-            state = State(self._hyperparameters.moments, params.size, params.dtype)
-            moments = state._arrays
+        buffers.require_same_layout("flat_params", params, "the state", moments[0])
+        buffers.require_disjoint("flat_params", params, "the state", block)
+        buffers.require_disjoint("flat_grads", grads, "the state", block)
 
-        kernels, c = backends.cpu(), self._coefficients
+        c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = Coefficients(self._hyperparameters, params.dtype)
             if self._prepared != c.types:
                 kernels.prepare(params, grads, moments, c.direction, c.decay, c.rule(1))
                 self._prepared = c.types
             self._coefficients = c
-        rule = c.rule(state.step + 1)
 
-        take = kernels.plan(params, grads, moments, c.direction, c.decay, rule)
+        if self._capturable:
+            state._clock = state._clock or self._clock(kernels, params, state, c)
+            take = kernels.plan_captured(params, grads, moments, state._clock)
+        else:
+            if state._kernels is not None and kernels.is_capturing(params.stream, params.device):
+                raise ValueError(
+                    "stream must not be in capture: every replay would repeat this step number."
+                    " Use FusedAdam(capturable=True)."
+                )
+            take = kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
 
-        # Nothing fails from here on. What a signal handler raises (Ctrl-C) comes when the step is taken to
-        # its end, so it is counted before.
+        # Nothing fails from here on, but for a launch that CUDA refuses. What a signal handler raises (Ctrl-C)
+        # comes when the step is taken to its end, so it is counted before.
         state.advance()
-        self._state = state
-        take()
+        self._state, self._kernels = state, kernels
+        try:
+            take()
+        except Exception:
+            state.advance(-1)
+            raise
+        if self._capturable:
+            library = "" if stream is not None else device_buffers.library(flat_params)
+            self._stream = (library, params.device, params.stream)
 
     @property
     def state(self) -> State:
@@ -162,8 +205,11 @@ class FusedAdam:
         return self._state
 
     def reset(self) -> None:
-        """Forget all steps: drop the moments and the step counter, keep the hyperparameters."""
-        self._state, self._coefficients, self._prepared = State(), None, None
+        """Forget all steps: drop the moments and the step counter, keep the hyperparameters.
+
+        A CUDA graph that holds a step must be captured again.
+        """
+        self._replace_state(State())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-exact resume needs.
@@ -172,12 +218,16 @@ class FusedAdam:
         -------
         dict
             The hyperparameters, ``"step"`` (int) and, once a step was taken, a copy of each moment, shape
-            (n,). Plain arrays and numbers: ``numpy.savez(file, **opt.state_dict())`` stores it.
+            (n,), in CPU memory whatever the backend. Plain arrays and numbers:
+            ``numpy.savez(file, **opt.state_dict())`` stores it, and any backend resumes from it.
         """
         return {**asdict(self._hyperparameters), **self._state.to_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the hyperparameters, the moments and the step counter.
+
+        The moments go to the device of the parameters with the next step. A CUDA graph that holds a step must
+        be captured again.
 
         Parameters
         ----------
@@ -199,12 +249,25 @@ class FusedAdam:
         require_keys(entries, names)
         hyperparameters = Hyperparameters(**{name: plain(entries.pop(name)) for name in names})
         state = State.from_dict(entries, hyperparameters.moments, self._state)
-        self._hyperparameters, self._state = hyperparameters, state
-        self._coefficients = self._prepared = None
+        self._hyperparameters = hyperparameters
+        self._replace_state(state)
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the backend that takes the steps; None before the first step if none was asked for."""
+        return self._backend if self._kernels is None else self._kernels.name
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the step counter and the learning rate are kept in GPU memory."""
+        return self._capturable
 
     @property
     def lr(self) -> float:
-        """Learning rate; set it between steps."""
+        """Learning rate; set it between steps.
+
+        With ``capturable=True`` setting it is queued on the current stream, or the one given to the last step.
+        """
         return self._hyperparameters.lr
 
     @lr.setter
@@ -253,13 +316,87 @@ class FusedAdam:
         """Whether steps ascend."""
         return self._hyperparameters.maximize
 
+    def _begin(self, params: buffers.Buffer) -> tuple[Any, State]:
+        """Choose the backend for the parameters, and have the state where they are."""
+        on_device = isinstance(params, DeviceBuffer)
+        name = self._backend or (backends.cuda() if on_device else "cpu")
+        for wanted, reason in (
+            (name != "cpu", f"for backend={name!r}"),
+            (on_device or self._capturable, "with capturable=True"),
+        ):
+            if wanted != on_device:
+                memory = "GPU memory" if wanted else "CPU memory"
+                raise TypeError(f"flat_params must be in {memory} {reason}; got {buffers.place(params)}.")
+        kernels, state, names = backends.load(name), self._state, self._hyperparameters.moments
+        if state._arrays:
+            buffers.require_same_size("flat_params", params, "the state", state._arrays[0])
+        if isinstance(params, DeviceBuffer):
+            if kernels.is_capturing(params.stream, params.device):
+                raise ValueError(
+                    "stream must not be in capture: the first step allocates the moments. Take one step before."
+                )
+            return kernels, State.on_device(kernels, params, names, state)
+        return kernels, state if state._arrays else State(names, params.size, params.dtype, state.step)
+
+    def _present_stream(self) -> int:
+        """Return the stream on which the next step will be queued, as far as is known."""
+        library, device, last = self._stream or ("", 0, 0)
+        stream = device_buffers.current_stream(library, device)
+        stream = last if stream is None else stream
+        if self._kernels.is_capturing(stream, device):
+            raise ValueError("lr must be set outside of a capture: every replay would set it again.")
+        return stream
+
+    def _clock(self, kernels: Any, params: DeviceBuffer, state: State, c: Coefficients) -> Clock:
+        h = self._hyperparameters
+        decay, rule = c.decay or (), c.rule(1)
+        return Clock(
+            kernels,
+            params.device,
+            params.stream,
+            KernelTypes(params.dtype, len(h.moments), type(c.direction), type(c.decay), type(rule)),
+            step=state._step,
+            lr=h.lr,
+            weight_decay=h.weight_decay,
+            coefficients=(*decay, *rule),
+            corrections1=bias_correction.table(h.betas[0]),
+            inverse_corrections2=1 / bias_correction.table(h.betas[1]),
+        )
+
     def _change(self, **values: Any) -> None:
-        self._hyperparameters = self._hyperparameters.changed(**values)
-        self._coefficients = None
+        hyperparameters, clock = self._hyperparameters.changed(**values), self._state._clock
+        coefficients = None
+        if clock is not None:
+            for name in values.keys() - {"lr"}:
+                raise ValueError(
+                    f"{name} must stay {getattr(self, name)} once a capturable step was taken; got"
+                    f" {values[name]}. Only lr may change, until reset."
+                )
+            coefficients = Coefficients(hyperparameters, clock.types.dtype)
+            clock.set_lr(hyperparameters.lr, self._present_stream())
+        self._hyperparameters, self._coefficients = hyperparameters, coefficients
+
+    def _replace_state(self, state: State) -> None:
+        self._state = state
+        self._coefficients = self._prepared = self._kernels = self._stream = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has its moments in CPU memory until its first step.
+        return {**self.__dict__, "_kernels": None, "_stream": None, "_prepared": None}
 
     def __repr__(self) -> str:
         values = asdict(self._hyperparameters)
+        if self._backend is not None:
+            values["backend"] = self._backend
+        if self._capturable:
+            values["capturable"] = True
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def _on_stream(buffer: buffers.Buffer, stream: object) -> DeviceBuffer:
+    if not isinstance(buffer, DeviceBuffer):
+        raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
+    return buffer._replace(stream=device_buffers.stream_handle(stream))
 
 
 def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
@@ -270,8 +407,8 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     dtype : dtype, default float32
         float32 or float64.
     **hyperparameters
-        Those of :class:`FusedAdam`. Which kernel is compiled depends on the flags and on whether there is
-        weight decay, not on the numbers.
+        Those of :class:`FusedAdam`, and ``backend``: a CUDA backend compiles for the current device. Which
+        kernel is compiled depends on the flags and on whether there is weight decay, not on the numbers.
 
     Raises
     ------
@@ -283,7 +420,9 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     >>> import fastadam
     >>> fastadam.warmup(weight_decay=0.01, decoupled_weight_decay=True)
     """
-    h = FusedAdam(**hyperparameters)._hyperparameters
+    opt = FusedAdam(**hyperparameters)
+    h = opt._hyperparameters
     math_dtype = buffers.flat(np.empty(0, dtype), "dtype", writable=True).dtype
     c = Coefficients(h, math_dtype)
-    backends.cpu().warmup(math_dtype, len(h.moments), c.direction, c.decay, c.rule(1))
+    kernels = backends.load(opt._backend or "cpu")
+    kernels.warmup(math_dtype, len(h.moments), c.direction, c.decay, c.rule(1))

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fastadam import buffers
-from fastadam.buffers import Array
+from fastadam.buffers import Array, Buffer
+from fastadam.kernels.cuda import Clock, Cuda, DeviceBuffer
+from fastadam.kernels.grids import PACK
 
 _CACHE_LINE = 64
 _STAGGER = 64 * 1024 + _CACHE_LINE
@@ -26,7 +28,8 @@ class State:
 
     The meanings are PyTorch's: the moments are not debiased, ``step`` counts the steps taken. The attributes
     cannot be set; the moments are flat views of the optimizer's own memory, with the size and dtype of the
-    parameters, and writing to them changes the state.
+    parameters, and writing to them changes the state. On a GPU they are arrays of the backend's library (CuPy
+    or Numba), and what writes to them must be in stream order with the steps.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ class State:
     """
 
     # _arrays and _block are for the optimizer. Nobody else gets them: a kernel trusts their size and dtype.
-    __slots__ = ("_arrays", "_block", "_names", "_step")
+    __slots__ = ("_arrays", "_block", "_clock", "_kernels", "_names", "_step", "_views")
 
     def __init__(
         self, names: tuple[str, ...] = (), size: int = 0, dtype: Any = np.float32, step: int = 0
@@ -53,16 +56,58 @@ class State:
         memory = np.zeros(gap + len(names) * stride + _CACHE_LINE, np.uint8)
         start = -memory.ctypes.data % _CACHE_LINE + gap
         self._names = names
-        self._block: Array = memory
-        self._arrays: tuple[Array, ...] = tuple(
+        self._block: Buffer = memory
+        self._views: tuple[Any, ...] = tuple(
             memory[offset : offset + size * itemsize].view(dtype)
             for offset in (start + k * stride for k in range(len(names)))
         )
+        self._arrays: tuple[Buffer, ...] = self._views  # what a kernel takes
         self._step = step
+        self._kernels: Cuda | None = None  # where the moments lie in GPU memory
+        self._clock: Clock | None = None  # where the step counter does, too
+
+    @classmethod
+    def on_device(cls, kernels: Cuda, like: DeviceBuffer, names: tuple[str, ...], host: State) -> State:
+        """Return a state in GPU memory, made in the order of ``like.stream``.
+
+        Parameters
+        ----------
+        kernels : Cuda
+        like : DeviceBuffer
+            The parameters: the moments get their size, dtype and device, and their place in 16 bytes, so that a
+            step can access all of them in 16-byte packs.
+        names : tuple of str
+            The moments.
+        host : State
+            What it starts from: a state in CPU memory with these moments, or with none.
+        """
+        itemsize = like.dtype.itemsize
+        nbytes = like.size * itemsize
+        stride = -(-nbytes // _CACHE_LINE) * _CACHE_LINE
+        starts = [like.pointer % PACK + k * stride for k in range(len(names))]
+        total = len(names) * stride + _CACHE_LINE
+        if host._arrays:
+            image = np.zeros(total, np.uint8)
+            for start, moment in zip(starts, host._views, strict=True):
+                image[start : start + nbytes] = moment.view(np.uint8)
+            memory = kernels.to_device(image, like.device, like.stream)
+        else:
+            memory = kernels.zeros(total, like.device, like.stream)
+
+        def buffer(start: int, size: int, dtype: Any) -> DeviceBuffer:
+            address = kernels.address(memory) + start
+            return DeviceBuffer(address, size, np.dtype(dtype), like.device, like.stream, memory)
+
+        state = cls(step=host._step)
+        state._names, state._kernels = names, kernels
+        state._block = buffer(0, total, np.uint8)
+        state._arrays = tuple(buffer(start, like.size, like.dtype) for start in starts)
+        state._views = tuple(memory[start : start + nbytes].view(like.dtype) for start in starts)
+        return state
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any], names: tuple[str, ...], current: State) -> State:
-        """Return the state that ``to_dict`` gave, in arrays of its own.
+        """Return the state that ``to_dict`` gave, in CPU memory and arrays of its own.
 
         Parameters
         ----------
@@ -96,59 +141,67 @@ class State:
             buffers.flat(entries[name], label, writable=False)
             for name, label in zip(names, labels, strict=True)
         ]
-        model, model_label = (current.arrays[0], "the state") if current.arrays else (moments[0], labels[0])
+        size, dtype = moments[0].size, moments[0].dtype
+        model = current._arrays[0] if current._arrays else moments[0]
+        model_label = "the state" if current._arrays else labels[0]
         for moment, label in zip(moments, labels, strict=True):
-            buffers.require_same_layout(label, moment, model_label, model)
+            buffers.require_in_cpu_memory(label, moment)
+            buffers.require_same_size(label, moment, model_label, model)
 
-        state = cls(names, moments[0].size, moments[0].dtype, int(step))
-        for array, moment in zip(state.arrays, moments, strict=True):
+        state = cls(names, size, dtype, int(step))
+        for array, moment in zip(state._views, moments, strict=True):
             array[...] = moment
         return state
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``step`` and copies of the moments."""
-        return {"step": self._step, **{name: moment.copy() for name, moment in self.moments.items()}}
+        """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
+        kernels, arrays = self._kernels, self._arrays
+        copies = [
+            view.copy() if kernels is None else kernels.to_host(view, array.device)  # type: ignore[union-attr]
+            for view, array in zip(self._views, arrays, strict=True)
+        ]
+        return {"step": self.step, **dict(zip(self._names, copies, strict=True))}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._names, self.to_dict())
 
-    def advance(self) -> None:
-        """Count one more step."""
-        self._step += 1
+    def advance(self, steps: int = 1) -> None:
+        """Count more steps; a clock on the device counts by itself."""
+        self._step += steps
 
     @property
     def step(self) -> int:
-        """Steps taken."""
-        return self._step
+        """Steps taken; with ``capturable=True`` it is read from the device, and waits for it."""
+        return self._step if self._clock is None else self._clock.step()
 
     @property
-    def arrays(self) -> tuple[Array, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """Views of the moments in the order of the rule's ``state``; empty before the first step."""
-        return tuple(array[:] for array in self._arrays)
+        return tuple(view[:] for view in self._views)
 
     @property
-    def moments(self) -> dict[str, Array]:
+    def moments(self) -> dict[str, Any]:
         """A new dict of name -> view of the moment; empty before the first step."""
         return dict(zip(self._names, self.arrays, strict=True))
 
     @property
-    def exp_avg(self) -> Array | None:
+    def exp_avg(self) -> Any:
         """Moving average of the gradient, shape (n,), or None before the first step."""
         return self.moments.get("exp_avg")
 
     @property
-    def exp_avg_sq(self) -> Array | None:
+    def exp_avg_sq(self) -> Any:
         """Moving average of the squared gradient, shape (n,), or None before the first step."""
         return self.moments.get("exp_avg_sq")
 
     @property
-    def max_exp_avg_sq(self) -> Array | None:
+    def max_exp_avg_sq(self) -> Any:
         """Maximum of ``exp_avg_sq`` so far, shape (n,), or None without AMSGrad or before the first step."""
         return self.moments.get("max_exp_avg_sq")
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}={array.dtype}[{array.size}]" for name, array in self.moments.items())
-        return f"State(step={self._step}{', ' if arrays else ''}{arrays})"
+        return f"State(step={self.step}{', ' if arrays else ''}{arrays})"
 
 
 def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:

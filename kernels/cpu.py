@@ -19,6 +19,9 @@ from .storage import load, store
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+name = "cpu"
+"""What users call this backend."""
+
 PARALLEL_FROM = 16_384
 """Elements from which the parallel loop is the faster one (``python -m bench.threshold``)."""
 

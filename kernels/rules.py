@@ -33,6 +33,19 @@ Advanced: TypeAlias = tuple[Scalar, tuple[Scalar, ...]]
 """``(param, state)``."""
 
 
+# --- Coefficients that change from step to step, in float64 -------------------------------------------------
+
+
+def step_size(lr: Scalar, bias_correction1: Scalar) -> Scalar:
+    """Learning rate over the bias correction of the first moment."""
+    return lr / bias_correction1
+
+
+def lr_times_weight_decay(lr: Scalar, weight_decay: Scalar) -> Scalar:
+    """How much of a parameter decoupled decay takes away."""
+    return lr * weight_decay
+
+
 # --- Direction and decay: (param, grad, c) -> (param, grad) -------------------------------------------------
 
 
@@ -96,7 +109,7 @@ def moving_average(average: Scalar, value: Scalar, beta: Scalar, one_minus_beta:
 class Adam(NamedTuple):
     """Coefficients of one step of :func:`adam`."""
 
-    step_size: Scalar  # lr / (1 - beta1 ** step)
+    step_size: Scalar  # lr / (1 - beta1 ** step), from the function of that name
     beta1: Scalar
     one_minus_beta1: Scalar
     beta2: Scalar

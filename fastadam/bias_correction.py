@@ -1,0 +1,88 @@
+"""``1 - beta ** step`` for every step: correctly rounded float64, the same bits on every machine.
+
+The C library's ``pow`` differs between machines in the last bit, and a GPU has another one again. Powers are
+formed here in double-double arithmetic (a float64 and its rounding error), by additions and multiplications
+only, in blocks of :data:`BLOCK` steps. A power is off by less than 2**-90, so the one rounding at the end is the
+right one, but for cases rarer than one in 2**25.
+
+Dekker, "A floating-point technique for extending the available precision", Numer. Math. 18 (1971).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Number: TypeAlias = Any
+"""A float or a float64 array."""
+
+Corrections: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+DoubleDouble: TypeAlias = tuple[Number, Number]
+"""A number and what its rounding left."""
+
+BLOCK = 1024
+"""Steps whose corrections are formed together; a power of two."""
+
+_SPLIT = 2.0**27 + 1.0  # Veltkamp's constant for 53 bits
+
+
+def _halves(a: Number) -> DoubleDouble:
+    high = _SPLIT * a
+    high = high - (high - a)
+    return high, a - high
+
+
+def _multiply(a: DoubleDouble, b: DoubleDouble) -> DoubleDouble:
+    product = a[0] * b[0]
+    (a_high, a_low), (b_high, b_low) = _halves(a[0]), _halves(b[0])
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    error = error + (a[0] * b[1] + a[1] * b[0])
+    total = product + error
+    return total, error - (total - product)
+
+
+def _power(base: DoubleDouble, exponent: int) -> DoubleDouble:
+    """By repeated squaring."""
+    result: DoubleDouble = (1.0, 0.0)
+    while exponent:
+        if exponent & 1:
+            result = _multiply(result, base)
+        base = _multiply(base, base)
+        exponent >>= 1
+    return result
+
+
+@lru_cache(maxsize=16)
+def _first_powers(beta: float) -> DoubleDouble:
+    """Return ``beta ** (0, ..., BLOCK - 1)``, by doubling."""
+    high, low = np.ones(1), np.zeros(1)
+    while high.size < BLOCK:
+        shift = _power((beta, 0.0), high.size)
+        more = _multiply((high, low), shift)
+        high, low = np.concatenate([high, more[0]]), np.concatenate([low, more[1]])
+    return high, low
+
+
+@lru_cache(maxsize=16)
+def block(beta: float, number: int) -> Corrections:
+    """Return the corrections of the steps ``number * BLOCK`` up to, without, ``(number + 1) * BLOCK``."""
+    high, low = _multiply(_first_powers(beta), _power((beta, 0.0), number * BLOCK))
+    difference = 1.0 - high
+    error = (1.0 - difference) - high
+    corrections: Corrections = difference + (error - low)
+    return corrections
+
+
+def table(beta: float) -> Corrections:
+    """Return the corrections of the steps 1, 2, ... up to the first that is exactly 1, as are all after it.
+
+    37.4 / (1 - beta) of them: 300 kB for 0.999.
+    """
+    blocks: list[Corrections] = []
+    while not blocks or blocks[-1][-1] < 1.0:
+        blocks.append(block.__wrapped__(beta, len(blocks)))
+    corrections = np.concatenate(blocks)[1:]
+    return corrections[: int(np.argmax(corrections == 1.0)) + 1]

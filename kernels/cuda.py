@@ -1,0 +1,263 @@
+"""What the CUDA backends share: the layout of a launch, eager and captured steps. One library each does the rest.
+
+:class:`Cuda` plans steps; :mod:`fastadam.kernels.cuda_cupy` and :mod:`fastadam.kernels.cuda_numba` compile
+the kernels, launch them and own memory. Work is queued on a stream; nothing here waits for the device but
+what says so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from . import grids, rules
+
+Array: TypeAlias = Any
+"""An array of the library in device memory."""
+
+Kernel: TypeAlias = Any
+"""A compiled kernel of the library, loaded on one device."""
+
+LEGACY_STREAM = (0, 1)
+"""The two handles of the default stream that every other stream waits for."""
+
+
+class DeviceBuffer(NamedTuple):
+    """A flat, contiguous buffer in the memory of one GPU."""
+
+    pointer: int
+    size: int
+    dtype: np.dtype[Any]
+    device: int  # ordinal, as CUDA counts
+    stream: int  # handle of the stream on which its owner queues work
+    owner: object  # keeps the memory alive
+
+
+class KernelTypes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    dtype: np.dtype[Any]
+    n_states: int
+    direction: type
+    decay: type
+    rule: type
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """The names of the coefficients, in the order in which a kernel takes them."""
+        return (*getattr(self.decay, "_fields", ()), *getattr(self.rule, "_fields", ()))
+
+
+class Cuda(ABC):
+    """One way to run steps on NVIDIA GPUs."""
+
+    name: str
+    """What users call it."""
+
+    # --- Steps ----------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        params: DeviceBuffer,
+        grads: DeviceBuffer,
+        states: Sequence[DeviceBuffer],
+        direction: rules.Maximize | None,
+        decay: rules.L2Decay | rules.DecoupledDecay | None,
+        rule: rules.Adam | rules.AMSGrad,
+    ) -> Callable[[], None]:
+        """Return the call that queues one step of ``params`` and ``states``, in place, on ``params.stream``.
+
+        The buffers are of one size, dtype and device, aligned to their elements, and do not overlap: the
+        caller checks. Memory traffic as on the CPU; nothing is allocated.
+        """
+        types = KernelTypes(params.dtype, len(states), type(direction), type(decay), type(rule))
+        kernel = self.kernel("step", types, params.device)
+        return partial(self._queue, kernel, params, grads, states, (*(decay or ()), *rule), None)
+
+    def plan_captured(
+        self, params: DeviceBuffer, grads: DeviceBuffer, states: Sequence[DeviceBuffer], clock: Clock
+    ) -> Callable[[], None]:
+        """Return what :meth:`plan` does, with a step number and a learning rate that lie on the device.
+
+        What the call queues may be captured in a CUDA graph.
+        """
+        kernel = self.kernel("step_captured", clock.types, params.device)
+        return partial(self._queue, kernel, params, grads, states, (clock.coefficients,), clock)
+
+    def prepare(
+        self,
+        params: DeviceBuffer,
+        grads: DeviceBuffer,
+        states: Sequence[DeviceBuffer],
+        direction: rules.Maximize | None,
+        decay: rules.L2Decay | rules.DecoupledDecay | None,
+        rule: rules.Adam | rules.AMSGrad,
+    ) -> None:
+        """Compile, or load from the disk cache, the kernel for these arguments; queue nothing."""
+        types = KernelTypes(params.dtype, len(states), type(direction), type(decay), type(rule))
+        self.kernel("step", types, params.device)
+
+    def warmup(self, dtype: np.dtype[Any], n_states: int, direction: Any, decay: Any, rule: Any) -> None:
+        """Compile, or load from the disk cache, the kernel for the current device."""
+        types = KernelTypes(dtype, n_states, type(direction), type(decay), type(rule))
+        self.kernel("step", types, self.current_device())
+
+    def _queue(
+        self,
+        kernel: Kernel,
+        params: DeviceBuffer,
+        grads: DeviceBuffer,
+        states: Sequence[DeviceBuffer],
+        coefficients: tuple[Any, ...],
+        clock: Clock | None,
+    ) -> None:
+        size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream
+        pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
+        head, packs = grids.packs(pointers, itemsize, size)
+        blocks = grids.blocks(size, packs, itemsize, self.resident_threads(device))
+        if apart := not _same(grads.stream, stream):
+            self.order(grads.stream, stream, device)
+        if clock is not None:
+            clock.tick(stream)
+        self.launch(kernel, blocks, grids.BLOCK, (*pointers, size, head, packs, *coefficients), device, stream)
+        if apart:
+            self.order(stream, grads.stream, device)
+
+    # --- What each library does in its way ------------------------------------------------------------------
+
+    @abstractmethod
+    def kernel(self, entry: str, types: KernelTypes, device: int) -> Kernel:
+        """Return a kernel, compiled, or loaded from the disk cache, and loaded on a device; once for each.
+
+        ``entry`` is one of those that :mod:`fastadam.kernels.cuda_source` names.
+        """
+
+    @abstractmethod
+    def launch(
+        self, kernel: Kernel, blocks: int, threads: int, args: tuple[Any, ...], device: int, stream: int
+    ) -> None:
+        """Queue a kernel on a stream of a device.
+
+        An int (a pointer, too) is passed in 64 bits, a float as float64, a NumPy scalar as it is.
+        """
+
+    @abstractmethod
+    def order(self, first: int, then: int, device: int) -> None:
+        """Let stream ``then`` wait for what stream ``first`` has queued so far; the host does not wait."""
+
+    @abstractmethod
+    def is_capturing(self, stream: int, device: int) -> bool:
+        """Return whether work queued on a stream is recorded for a CUDA graph."""
+
+    @abstractmethod
+    def zeros(self, nbytes: int, device: int, stream: int) -> Array:
+        """Allocate bytes on a device, zero in stream order."""
+
+    @abstractmethod
+    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:
+        """Copy a flat array of bytes to a device, in stream order."""
+
+    @abstractmethod
+    def to_host(self, array: Array, device: int) -> np.ndarray[Any, Any]:
+        """Copy an array from a device, when the device has done all its work."""
+
+    @abstractmethod
+    def address(self, array: Array) -> int:
+        """Return the pointer to an array's first element."""
+
+    @abstractmethod
+    def device_of(self, pointer: int) -> int:
+        """Return the ordinal of the device on which memory lies."""
+
+    @abstractmethod
+    def device_count(self) -> int:
+        """Return how many devices there are; raises what the library raises without a driver."""
+
+    @abstractmethod
+    def current_device(self) -> int:
+        """Return the ordinal of the calling thread's device."""
+
+    @abstractmethod
+    def resident_threads(self, device: int) -> int:
+        """Return how many threads a device holds at once."""
+
+
+def _same(stream: int, other: int) -> bool:
+    return stream == other or (stream in LEGACY_STREAM and other in LEGACY_STREAM)
+
+
+class Clock:
+    """The step counter, the learning rate and the coefficients of a step, in device memory.
+
+    Parameters
+    ----------
+    backend : Cuda
+    device, stream : int
+        Where, and in which order, it is made.
+    types : KernelTypes
+    step : int
+        Steps taken.
+    lr, weight_decay : float
+    coefficients : sequence of scalar
+        Of any step; those that change from step to step are formed by :meth:`tick`.
+    corrections1, inverse_corrections2 : ndarray of float64
+        The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
+        is also that of all later steps.
+    """
+
+    def __init__(
+        self,
+        backend: Cuda,
+        device: int,
+        stream: int,
+        types: KernelTypes,
+        *,
+        step: int,
+        lr: float,
+        weight_decay: float,
+        coefficients: Sequence[Any],
+        corrections1: np.ndarray[Any, np.dtype[np.float64]],
+        inverse_corrections2: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> None:
+        spare = np.zeros(1, types.dtype)  # where the kernel puts what this rule does not have
+        parts = [
+            np.array([step], np.int64),
+            np.array([lr], np.float64),
+            corrections1,
+            inverse_corrections2,
+            np.concatenate([np.array(coefficients, types.dtype), spare]),
+        ]
+        image = np.concatenate([part.view(np.uint8) for part in parts])
+        self._backend, self._device, self.types = backend, device, types
+        self._memory = backend.to_device(image, device, stream)
+        address = backend.address(self._memory)
+        sizes = [part.nbytes for part in parts]
+        self._step, self._lr, first, second, self.coefficients = (
+            address + sum(sizes[:k]) for k in range(len(sizes))
+        )
+
+        names = types.coefficients
+        places = [
+            names.index(name) if name in names else len(names)
+            for name in ("step_size", "inv_bias_correction2", "lr_times_weight_decay")
+        ]
+        tables = (first, corrections1.size, second, inverse_corrections2.size)
+        self._tick_args = (self._step, self._lr, weight_decay, *tables, self.coefficients, *places)
+        self._tick = backend.kernel("tick", types, device)
+        self._set_lr = backend.kernel("set_lr", types, device)
+
+    def tick(self, stream: int) -> None:
+        """Queue: count one more step and form its coefficients."""
+        self._backend.launch(self._tick, 1, 1, self._tick_args, self._device, stream)
+
+    def set_lr(self, lr: float, stream: int) -> None:
+        """Queue: change the learning rate of the steps after."""
+        self._backend.launch(self._set_lr, 1, 1, (self._lr, lr), self._device, stream)
+
+    def step(self) -> int:
+        """Return how many steps were taken, when the device has done all its work."""
+        return int(self._backend.to_host(self._memory[:8], self._device).view(np.int64)[0])

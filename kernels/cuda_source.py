@@ -1,0 +1,79 @@
+"""The CUDA C++ source of a step: ``kernels/step.cu``, the rule translated, and the entries of the kernels.
+
+``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where ``tick`` formed
+them from the step counter and the learning rate there: a captured CUDA graph replays both. ``set_lr`` changes
+that learning rate, in stream order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from . import grids, rules
+from .cuda import KernelTypes
+from .translation import translate
+
+OPTIONS = ("--std=c++20",)
+"""For NVRTC, which knows C++20 from CUDA 12 on."""
+
+_TYPES = {
+    "float32": 'using Scalar = float;\n#define SUFFIX "f32"\n#define LETTER "f"\n#define ROUND "cvt.rn.f32.f64"\n',
+    "float64": 'using Scalar = double;\n#define SUFFIX "f64"\n#define LETTER "d"\n#define ROUND "mov.f64"\n',
+}
+
+
+@cache
+def source(types: KernelTypes) -> str:
+    """Return the source of the kernels for some types: of float32 or float64, and of 1 to 3 states."""
+    dtype, n_states, direction, decay, rule = types
+    transforms = {kind: rules.TRANSFORMS[kind] for kind in (direction, decay)}
+    equation = translate(rules.update, {rules.transform: transforms, rules.advance: {rule: rules.RULES[rule]}})
+    schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
+    loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
+    entries = _entries(types)
+    return "\n\n".join([_TYPES[dtype.name], loop, equation, *schedule, entries])
+
+
+def _entries(types: KernelTypes) -> str:
+    _, n_states, *kinds = types
+    direction, decay, rule = ("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    of_decay = len(getattr(types.decay, "_fields", ()))
+    values = [f"c{k}" for k in range(len(types.coefficients))]
+    stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
+
+    moments = ", ".join(f"Real* state{k}" for k in range(n_states))
+    buffers = f"Real* params, const Real* grads, {moments}, long long size, long long head, long long packs"
+    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK})'
+
+    def body(coefficients: list[str]) -> str:
+        return f"""{{
+    Real* const states[] = {{{", ".join(f"state{k}" for k in range(n_states))}}};
+    const {direction} direction{{}};
+    const {decay} decay{{{", ".join(coefficients[:of_decay])}}};
+    const {rule} rule{{{", ".join(coefficients[of_decay:])}}};
+    step_elements(params, grads, states, size, head, packs, [&](Real param, Real grad, auto state) {{
+        return update(param, grad, state, direction, decay, rule);
+    }});
+}}"""
+
+    return f"""
+{kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body(values)}
+
+{kernel} step_captured({buffers}, const Real* coefficients) {body(stored)}
+
+extern "C" __global__ void tick(long long* step, const double* lr, double weight_decay,
+                                const double* corrections1, long long count1,
+                                const double* inverse_corrections2, long long count2,
+                                Real* coefficients,
+                                long long step_size_at, long long inverse_at, long long decay_at) {{
+    const long long now = *step + 1;
+    *step = now;
+    const double correction1 = corrections1[(now < count1 ? now : count1) - 1];
+    coefficients[step_size_at] = rounded(step_size(*lr, correction1));
+    coefficients[inverse_at] = rounded(inverse_corrections2[(now < count2 ? now : count2) - 1]);
+    coefficients[decay_at] = rounded(lr_times_weight_decay(*lr, weight_decay));
+}}
+
+extern "C" __global__ void set_lr(double* lr, double value) {{ *lr = value; }}
+"""

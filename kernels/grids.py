@@ -1,0 +1,52 @@
+"""How a step is laid over a GPU: which elements go in 16-byte packs, and how many threads there are.
+
+The launch is the same for every CUDA backend. A grid never affects the bits of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+PACK = 16
+"""Bytes of the widest access that every supported GPU has."""
+
+BLOCK = 256
+"""Threads of a block."""
+
+WAVES = 8
+"""The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""
+
+
+def packs(addresses: Sequence[int], itemsize: int, size: int) -> tuple[int, int]:
+    """Return ``(head, packs)``: the elements before the first pack, and the packs.
+
+    Parameters
+    ----------
+    addresses : sequence of int
+        Of element 0 of each buffer, multiples of ``itemsize``.
+    itemsize : int
+        Bytes of an element.
+    size : int
+        Elements of each buffer.
+    """
+    offset = addresses[0] % PACK
+    if any(address % PACK != offset for address in addresses):
+        return 0, 0
+    head = min(-offset % PACK // itemsize, size)
+    return head, (size - head) * itemsize // PACK
+
+
+def blocks(size: int, packs: int, itemsize: int, resident_threads: int) -> int:
+    """Return the number of blocks for a buffer.
+
+    Parameters
+    ----------
+    size, packs : int
+        Elements, and packs of them.
+    itemsize : int
+        Bytes of an element.
+    resident_threads : int
+        Threads that the whole device holds at once.
+    """
+    work = max(packs, size - packs * PACK // itemsize)  # iterations of the longer of the two loops
+    return max(1, min(-(-work // BLOCK), WAVES * resident_threads // BLOCK))

@@ -1,0 +1,219 @@
+"""A stand-in for CuPy on machines without a GPU: the CUDA C++ kernels run as host code.
+
+It has what :mod:`fastadam.kernels.cuda_cupy` uses of CuPy. Memory of a "device" is host memory, ``RawModule``
+compiles the very source with the host's C++ compiler, and a launch calls the kernel once for each thread of its
+grid. Streams run at once and keep a log; a stream in capture records instead, and its graph replays.
+
+What it cannot show: that CUDA's compilers, the driver and real CuPy do what they say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+_PRELUDE = """
+struct Dimension { unsigned x; };
+static Dimension threadIdx, blockIdx, blockDim, gridDim;
+#define __global__
+#define __launch_bounds__(threads)
+extern "C" void place(unsigned block, unsigned thread, unsigned threads, unsigned blocks) {
+    blockIdx.x = block, threadIdx.x = thread, blockDim.x = threads, gridDim.x = blocks;
+}
+"""
+
+
+def compile_for_the_host(source: str, folder: Path) -> ctypes.CDLL:
+    library = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:20]}.so"
+    if not library.exists():
+        code = library.with_suffix(".cpp")
+        code.write_text(_PRELUDE + source)
+        command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+        quiet = ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+        subprocess.run(
+            [*command, *quiet, "-Werror", "-fPIC", "-shared", "-o", library, code], check=True
+        )
+    return ctypes.CDLL(str(library))
+
+
+def _c(value):
+    if isinstance(value, np.float32):
+        return ctypes.c_float(value)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
+
+
+class Graph:
+    def __init__(self):
+        self.calls = []
+
+    def launch(self, stream=None):
+        for call in self.calls:
+            call()
+
+
+def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleType:
+    """Return a module to put in the place of ``cupy``."""
+    cupy = ModuleType("cupy")
+    cupy.__spec__ = ModuleSpec("cupy", None)
+    cupy.log = []  # (what, device, stream, ...)
+    owners = []  # (first address, end, device)
+    current = SimpleNamespace(device=0, streams={})
+
+    class Stream:
+        def __init__(self, ptr=None):
+            self.ptr = id(self) if ptr is None else ptr
+            captures.setdefault(self.ptr, None)
+
+        @classmethod
+        def from_external(cls, stream):
+            version, handle = stream.__cuda_stream__()
+            assert version == 0
+            return cls(handle)
+
+        def __cuda_stream__(self):
+            return 0, self.ptr
+
+        def __enter__(self):
+            current.streams.setdefault(current.device, []).append(self)
+
+        def __exit__(self, *_):
+            current.streams[current.device].pop()
+
+        def is_capturing(self):
+            assert self.ptr not in (0, 1)
+            return captures[self.ptr] is not None
+
+        def begin_capture(self):
+            captures[self.ptr] = Graph()
+
+        def end_capture(self):
+            graph, captures[self.ptr] = captures[self.ptr], None
+            return graph
+
+        def wait_event(self, event):
+            cupy.log.append(("wait", current.device, self.ptr, event.stream))
+
+    captures = {}
+    Stream.null, Stream.ptds = Stream(0), Stream(2)
+
+    class Device:
+        def __init__(self, number):
+            assert 0 <= number < devices
+            self.number = number
+            self.attributes = {"MultiProcessorCount": 1, "MaxThreadsPerMultiProcessor": resident_threads}
+
+        def __enter__(self):
+            self.before, current.device = current.device, self.number
+
+        def __exit__(self, *_):
+            current.device = self.before
+
+    class Event:
+        def __init__(self, disable_timing=False):
+            assert disable_timing
+
+        def record(self, stream):
+            self.stream = stream.ptr
+
+    def get_current_stream(device=-1):
+        stack = current.streams.get(current.device if device < 0 else device)
+        return stack[-1] if stack else Stream.null
+
+    class ndarray:
+        def __init__(self, host, device):
+            self.host, self.device_id = host, device
+            self.size, self.dtype, self.shape, self.nbytes = host.size, host.dtype, host.shape, host.nbytes
+            self.data = SimpleNamespace(ptr=host.ctypes.data)
+
+        @property
+        def __cuda_array_interface__(self):
+            flags = self.host.flags
+            return {
+                "shape": self.host.shape,
+                "strides": None if flags.c_contiguous else self.host.strides,
+                "typestr": self.host.dtype.str,
+                "data": (self.data.ptr, not flags.writeable),
+                "version": 3,
+                "stream": get_current_stream().ptr or 1,
+            }
+
+        def __dlpack_device__(self):
+            return 2, self.device_id
+
+        def __getitem__(self, key):
+            return ndarray(self.host[key], self.device_id)
+
+        def view(self, dtype):
+            return ndarray(self.host.view(dtype), self.device_id)
+
+        def __array__(self, *_, **__):
+            raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    ndarray.__module__ = "cupy"
+
+    def on_current_device(host):
+        owners.append((host.ctypes.data, host.ctypes.data + host.nbytes, current.device))
+        cupy.log.append(("allocate", current.device, get_current_stream().ptr, host.nbytes))
+        return ndarray(host, current.device)
+
+    class Kernel:
+        def __init__(self, function, place, name, device):
+            self.function, self.place, self.name, self.device = function, place, name, device
+            function.restype = None
+
+        def __call__(self, grid, block, args):
+            assert current.device == self.device
+            stream, (blocks,), (threads,) = get_current_stream().ptr, grid, block
+            values = [_c(value) for value in args]
+
+            def run():
+                cupy.log.append((self.name, self.device, stream, blocks))
+                for number in range(blocks):
+                    for thread in range(threads):
+                        self.place(number, thread, threads, blocks)
+                        self.function(*values)
+
+            graph = captures[stream]
+            (graph.calls.append if graph else lambda call: call())(run)
+
+    class RawModule:
+        def __init__(self, *, code, options):
+            assert options == ("--std=c++20",)
+            self.library, self.code = compile_for_the_host(code, folder), code
+
+        def get_function(self, name):
+            assert re.search(rf'extern "C" __global__ void .*\b{name}\(', self.code)
+            return Kernel(getattr(self.library, name), self.library.place, name, current.device)
+
+    def pointer_attributes(pointer):
+        device = next(device for first, end, device in reversed(owners) if first <= pointer < end)
+        return SimpleNamespace(device=device)
+
+    def asnumpy(array):
+        assert array.device_id == current.device
+        return array.host.copy()
+
+    cupy.ndarray, cupy.RawModule, cupy.asnumpy = ndarray, RawModule, asnumpy
+    cupy.zeros = lambda size, dtype=np.float64: on_current_device(np.zeros(size, dtype))
+    cupy.asarray = lambda host: on_current_device(np.array(host))
+    cupy.from_dlpack = lambda array: array.to_cupy()
+    cupy.cuda = SimpleNamespace(
+        Stream=Stream,
+        Device=Device,
+        Event=Event,
+        get_current_stream=get_current_stream,
+        runtime=SimpleNamespace(
+            deviceSynchronize=lambda: cupy.log.append(("synchronize", current.device, None)),
+            getDeviceCount=lambda: devices,
+            getDevice=lambda: current.device,
+            pointerGetAttributes=pointer_attributes,
+        ),
+    )
+    return cupy
