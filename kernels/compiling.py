@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import marshal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -31,20 +32,21 @@ from . import rules, storage
 JIT_OPTIONS = {"error_model": "numpy"}
 
 
-def _digest() -> str:
+@cache
+def digest() -> str:
     """Digest all source files of this package, and the rules as loaded.
 
     Python may load a rule from a stale ``.pyc`` (same size, same second): its machine code must not be cached
     as that of the new source.
     """
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+        sha.update(source.read_bytes())
     for module in (rules, storage):
         for function in vars(module).values():
             if isinstance(function, FunctionType):
-                digest.update(marshal.dumps(function.__code__, 2))  # from 3 on it depends on refcounts
-    return digest.hexdigest()
+                sha.update(marshal.dumps(function.__code__, 2))  # from 3 on it depends on refcounts
+    return sha.hexdigest()
 
 
 class _TolerantCache(FunctionCache):  # type: ignore[misc]
@@ -73,7 +75,7 @@ def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = Fal
     ``make_loop(cache_key)`` returns the loop, which must name ``cache_key`` somewhere in its body.
     """
     options = {**JIT_OPTIONS, "nogil": True, "parallel": parallel}
-    loop = make_loop(f"{_digest()} {options}")
+    loop = make_loop(f"{digest()} {options}")
     # The name names the cache's index file: one for each loop.
     loop.__qualname__ = loop.__name__ = f"{loop.__name__}_{'parallel' if parallel else 'serial'}"
     dispatcher = numba.njit(loop, **options)
@@ -89,6 +91,16 @@ def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = Fal
 @overload(rules.update, jit_options=JIT_OPTIONS, strict=False)
 def _update(param: Any, grad: Any, state: Any, direction: Any, decay: Any, rule: Any) -> Any:
     return rules.update
+
+
+@overload(rules.step_size, jit_options=JIT_OPTIONS, strict=False)
+def _step_size(lr: Any, bias_correction1: Any) -> Any:
+    return rules.step_size
+
+
+@overload(rules.lr_times_weight_decay, jit_options=JIT_OPTIONS, strict=False)
+def _lr_times_weight_decay(lr: Any, weight_decay: Any) -> Any:
+    return rules.lr_times_weight_decay
 
 
 @overload(rules.moving_average, jit_options=JIT_OPTIONS, strict=False)

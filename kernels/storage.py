@@ -27,13 +27,16 @@ def store(arrays: Any, i: int, values: Any) -> None:
         arrays[i] = values
 
 
+_MEMORY = (types.Array, types.CPointer)  # what CPU loops take, and what CUDA kernels take
+
+
 # Tuples are unrolled by recursion over their length, which is known at compile time.
 # strict=False: Numba's strict check compares annotations as well as names.
 
 
 @overload(load, jit_options={"error_model": "numpy"}, strict=False)
 def _load(arrays: Any, i: Any) -> Callable[..., Any]:
-    if isinstance(arrays, types.Array):
+    if isinstance(arrays, _MEMORY):
         return lambda arrays, i: arrays[i]
     if len(arrays) == 1:
         return lambda arrays, i: (load(arrays[0], i),)
@@ -42,7 +45,7 @@ def _load(arrays: Any, i: Any) -> Callable[..., Any]:
 
 @overload(store, jit_options={"error_model": "numpy"}, strict=False)
 def _store(arrays: Any, i: Any, values: Any) -> Callable[..., None]:
-    if isinstance(arrays, types.Array):
+    if isinstance(arrays, _MEMORY):
 
         def store_element(arrays: Any, i: int, values: Any) -> None:
             arrays[i] = values

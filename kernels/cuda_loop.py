@@ -1,0 +1,182 @@
+"""The Numba-CUDA kernels: a step over the rules as the CPU compiles them, in 16-byte packs and one by one.
+
+Kernels take pointers, not arrays: a launch costs less, and any library's buffer will do. The simulator of
+numba-cuda runs the same functions over NumPy arrays, all but :func:`load_packs` and :func:`store_packs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import cuda, types
+from numba.extending import overload
+
+from . import rules
+from .compiling import JIT_OPTIONS
+from .cuda import KernelTypes
+from .grids import PACK
+from .storage import load, store
+
+# --- Lanes: tuples of one element each, (param, grad, *state) in and (param, *state) out ---------------------
+
+
+def update_lane(lane: Any, direction: Any, decay: Any, rule: Any) -> Any:
+    """Update one element."""
+    param, state = rules.update(lane[0], lane[1], lane[2:], direction, decay, rule)
+    return (param, *state)
+
+
+def update_lanes(lanes: Any, direction: Any, decay: Any, rule: Any) -> Any:
+    """Update each element of a pack."""
+    return tuple(update_lane(lane, direction, decay, rule) for lane in lanes)
+
+
+def pick(values: Any, places: tuple[int, ...]) -> Any:
+    """Return a tuple of the values at some places."""
+    return tuple(values[place] for place in places)
+
+
+@overload(update_lane, jit_options=JIT_OPTIONS, strict=False)
+def _update_lane(lane: Any, direction: Any, decay: Any, rule: Any) -> Any:
+    return update_lane
+
+
+@overload(update_lanes, jit_options=JIT_OPTIONS, strict=False)
+def _update_lanes(lanes: Any, direction: Any, decay: Any, rule: Any) -> Any:
+    if len(lanes) == 1:
+        return lambda lanes, direction, decay, rule: (update_lane(lanes[0], direction, decay, rule),)
+    return lambda lanes, direction, decay, rule: (
+        update_lane(lanes[0], direction, decay, rule),
+        *update_lanes(lanes[1:], direction, decay, rule),
+    )
+
+
+@overload(pick, jit_options=JIT_OPTIONS, strict=False)
+def _pick(values: Any, places: Any) -> Any:
+    if len(places) == 1:
+        return lambda values, places: (values[places[0]],)
+    return lambda values, places: (values[places[0]], *pick(values, places[1:]))
+
+
+# --- Packs: 16-byte accesses, which Numba does not make by itself --------------------------------------------
+
+if hasattr(cuda, "extending"):
+    from numba.cuda.extending import intrinsic
+
+    def _vector(builder: Any, pointer: Any, i: Any, element: Any, lanes: int) -> Any:
+        kind = ir.VectorType(element, lanes).as_pointer()
+        return builder.bitcast(builder.gep(pointer, [i]), kind)
+
+    @intrinsic
+    def load_packs(typing_context: Any, pointers: Any, i: Any) -> Any:
+        """Load the pack at element ``i`` of each pointer; return a tuple of lanes."""
+        element = pointers.dtype.dtype
+        count = PACK * 8 // element.bitwidth
+        lanes = types.UniTuple(types.UniTuple(element, len(pointers)), count)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of_llvm = context.get_value_type(element)
+            vectors = [
+                builder.load(
+                    _vector(builder, builder.extract_value(arguments[0], k), arguments[1], of_llvm, count),
+                    align=PACK,
+                )
+                for k in range(len(pointers))
+            ]
+            result = ir.Constant(context.get_value_type(lanes), ir.Undefined)
+            for lane in range(count):
+                for k, vector in enumerate(vectors):
+                    value = builder.extract_element(vector, ir.Constant(ir.IntType(32), lane))
+                    result = builder.insert_value(result, value, [lane, k])
+            return result
+
+        return lanes(pointers, i), generate
+
+    @intrinsic
+    def store_packs(typing_context: Any, pointers: Any, i: Any, lanes: Any) -> Any:
+        """Store a tuple of lanes as the pack at element ``i`` of each pointer."""
+        element = pointers.dtype.dtype
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of_llvm = context.get_value_type(element)
+            for k in range(len(pointers)):
+                vector = ir.Constant(ir.VectorType(of_llvm, len(lanes)), ir.Undefined)
+                for lane in range(len(lanes)):
+                    value = builder.extract_value(arguments[2], [lane, k])
+                    vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+                pointer = builder.extract_value(arguments[0], k)
+                builder.store(
+                    vector, _vector(builder, pointer, arguments[1], of_llvm, len(lanes)), align=PACK
+                )
+            return context.get_dummy_value()
+
+        return types.void(pointers, i, lanes), generate
+
+
+# --- Kernels -------------------------------------------------------------------------------------------------
+
+
+def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
+    """Return the kernel ``step`` or ``step_captured``.
+
+    Both take ``(params, grads, states, size, head, packs, coefficients)``: the coefficients as a tuple of
+    numbers, or, captured, as a pointer to them.
+    """
+    lanes = PACK // kinds.dtype.itemsize
+    places = tuple(range(len(kinds.coefficients)))
+    of_decay = len(getattr(kinds.decay, "_fields", ()))
+    make_direction = None if kinds.direction is type(None) else kinds.direction
+    make_decay = None if kinds.decay is type(None) else kinds.decay
+    make_rule = kinds.rule
+
+    def step(
+        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, coefficients: Any
+    ) -> None:
+        values = pick(coefficients, places) if captured else coefficients
+        direction = None if make_direction is None else make_direction()
+        decay = None if make_decay is None else make_decay(*values[:of_decay])
+        rule = make_rule(*values[of_decay:])
+        read, written = (params, grads, *states), (params, *states)
+
+        k = cuda.grid(1)
+        while k < packs:
+            i = head + k * lanes
+            store_packs(written, i, update_lanes(load_packs(read, i), direction, decay, rule))
+            k += cuda.gridsize(1)
+
+        k = cuda.grid(1)
+        while k < size - packs * lanes:
+            i = k if k < head else k + packs * lanes
+            store(written, i, update_lane(load(read, i), direction, decay, rule))
+            k += cuda.gridsize(1)
+
+    return step
+
+
+def tick(
+    step: Any,
+    lr: Any,
+    weight_decay: float,
+    corrections1: Any,
+    count1: int,
+    inverse_corrections2: Any,
+    count2: int,
+    coefficients: Any,
+    step_size_at: int,
+    inverse_at: int,
+    decay_at: int,
+) -> None:
+    """Count one more step, and form the coefficients that change with it; one thread."""
+    now = step[0] + 1
+    step[0] = now
+    correction1 = corrections1[(now if now < count1 else count1) - 1]
+    coefficients[step_size_at] = rules.step_size(lr[0], correction1)
+    coefficients[inverse_at] = inverse_corrections2[(now if now < count2 else count2) - 1]
+    coefficients[decay_at] = rules.lr_times_weight_decay(lr[0], weight_decay)
+
+
+def set_lr(lr: Any, value: float) -> None:
+    """Change the learning rate of the steps after; one thread."""
+    lr[0] = value

@@ -1,0 +1,184 @@
+"""The Numba-CUDA backend: kernels in Python (:mod:`fastadam.kernels.cuda_loop`), compiled by Numba at run time.
+
+Numba compiles to link-time code, and NVIDIA's linker makes the machine code: it is the one that can be told not
+to fuse multiply-adds, which Numba's own launches cannot. The CUDA driver launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver, nvjitlink
+from numba import cuda, types
+
+from . import cubins, cuda_loop
+from .compiling import digest
+from .cuda import LEGACY_STREAM, Array, Cuda, Kernel, KernelTypes
+
+_LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
+
+_C_TYPES: dict[type, Any] = {
+    int: ctypes.c_int64,
+    float: ctypes.c_double,
+    np.float32: ctypes.c_float,
+    np.float64: ctypes.c_double,
+}
+
+
+def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
+    number = types.float32 if kinds.dtype == np.float32 else types.float64
+    pointer, of_double = types.CPointer(number), types.CPointer(types.float64)
+    integer, double = types.int64, types.float64
+    if entry == "set_lr":
+        return (of_double, double)
+    if entry == "tick":
+        tables = (of_double, integer, of_double, integer)
+        return (types.CPointer(integer), of_double, double, *tables, pointer, integer, integer, integer)
+    coefficients = pointer if entry == "step_captured" else types.UniTuple(number, len(kinds.coefficients))
+    states = types.UniTuple(pointer, kinds.n_states)
+    return (pointer, pointer, states, integer, integer, integer, coefficients)
+
+
+def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
+    if entry in {"tick", "set_lr"}:
+        function: Callable[..., None] = getattr(cuda_loop, entry)
+        return function
+    return cuda_loop.make_step(kinds, captured=entry == "step_captured")
+
+
+def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], *options: str) -> bytes:
+    """Return the machine code of a kernel, as a cubin, or as PTX with the option ``-ptx``.
+
+    Parameters
+    ----------
+    entry : str
+        ``"step"``, ``"step_captured"``, ``"tick"`` or ``"set_lr"``.
+    kinds : KernelTypes
+    capability : tuple of int
+        Of the device, (major, minor).
+    *options
+        More options for the linker.
+    """
+    signature = types.void(*_signature(entry, kinds))
+    code, _ = cuda.compile(
+        _function(entry, kinds), signature, device=False, abi="numba", cc=capability, output="ltoir"
+    )
+    arguments = [*_LINK_OPTIONS, f"-arch=sm_{capability[0]}{capability[1]}", *options]
+    linker = nvjitlink.create(len(arguments), arguments)
+    try:
+        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), entry)
+        nvjitlink.complete(linker)
+        if "-ptx" in options:
+            linked = bytearray(nvjitlink.get_linked_ptx_size(linker))
+            nvjitlink.get_linked_ptx(linker, linked)
+        else:
+            linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
+            nvjitlink.get_linked_cubin(linker, linked)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(linked)
+
+
+def symbol(cubin: bytes) -> bytes:
+    """Return the name of the only kernel in a cubin: that of its section of code."""
+    names = {bytes(name) for name in re.findall(rb"\0\.text\.([^\0]+)", cubin)}
+    (name,) = names
+    return name
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        _, name = driver.cuGetErrorName(error)
+        raise RuntimeError(f"CUDA refuses: {name.decode() if name else error}")
+    return values[0] if values else None
+
+
+@lru_cache(maxsize=None)
+def _kernel(entry: str, kinds: KernelTypes, device: int) -> Kernel:
+    with cuda.gpus[device]:
+        capability = tuple(cuda.gpus[device].compute_capability[:2])
+        key = repr((digest(), metadata.version("numba-cuda"), _LINK_OPTIONS, entry, kinds, capability))
+        cubin = cubins.cached(
+            cubins.folder(cuda_loop.tick), key, lambda: compile_kernel(entry, kinds, capability)
+        )
+        module = _check(driver.cuModuleLoadData(np.frombuffer(cubin, np.uint8).ctypes.data))
+        return _check(driver.cuModuleGetFunction(module, symbol(cubin)))
+
+
+@lru_cache(maxsize=None)
+def _resident_threads(device: int) -> int:
+    gpu = cuda.gpus[device]
+    return int(gpu.MULTIPROCESSOR_COUNT * gpu.MAX_THREADS_PER_MULTI_PROCESSOR)
+
+
+class NumbaCuda(Cuda):
+    """Steps by Numba-CUDA."""
+
+    name = "numba-cuda"
+
+    def kernel(self, entry: str, types: KernelTypes, device: int) -> Kernel:
+        return _kernel(entry, types, device)
+
+    def launch(
+        self, kernel: Kernel, blocks: int, threads: int, args: tuple[Any, ...], device: int, stream: int
+    ) -> None:
+        values = (args, tuple(_C_TYPES[type(argument)] for argument in args))
+        with cuda.gpus[device]:
+            _check(driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, stream, values, 0))
+
+    def order(self, first: int, then: int, device: int) -> None:
+        with cuda.gpus[device]:
+            event = _check(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            _check(driver.cuEventRecord(event, first))
+            _check(driver.cuStreamWaitEvent(then, event, 0))
+            _check(driver.cuEventDestroy(event))  # when it has passed
+
+    def is_capturing(self, stream: int, device: int) -> bool:
+        # The legacy stream cannot be captured, and asking for it fails while another stream is.
+        if stream in LEGACY_STREAM:
+            return False
+        with cuda.gpus[device]:
+            status = _check(driver.cuStreamIsCapturing(stream))
+        return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+    def zeros(self, nbytes: int, device: int, stream: int) -> Array:
+        with cuda.gpus[device]:
+            array = cuda.device_array(nbytes, np.uint8)
+            _check(driver.cuMemsetD8Async(self.address(array), 0, nbytes, stream))
+        return array
+
+    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:
+        with cuda.gpus[device]:
+            return cuda.to_device(array)  # has come when it returns
+
+    def to_host(self, array: Array, device: int) -> np.ndarray[Any, Any]:
+        with cuda.gpus[device]:
+            _check(driver.cuCtxSynchronize())
+            host: np.ndarray[Any, Any] = array.copy_to_host()
+            return host
+
+    def address(self, array: Array) -> int:
+        return int(array.__cuda_array_interface__["data"][0])
+
+    def device_of(self, pointer: int) -> int:
+        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        return int(_check(driver.cuPointerGetAttribute(attribute, pointer)))
+
+    def device_count(self) -> int:
+        return len(cuda.gpus)
+
+    def current_device(self) -> int:
+        return int(cuda.get_current_device().id)
+
+    def resident_threads(self, device: int) -> int:
+        return _resident_threads(device)
+
+
+backend = NumbaCuda()
