@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastadam import __version__
+from fastadam import __version__, devices
 from fastadam.demo import Epoch, Settings
 
 app = typer.Typer(
@@ -30,11 +30,22 @@ app = typer.Typer(
 _DEMO = Settings()
 
 
+class DeviceName(StrEnum):
+    """Where arrays are."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Dtype(StrEnum):
     """What buffers hold."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
+
+
+def _open(device: DeviceName) -> devices.Device:
+    return devices.CPU if device is DeviceName.CPU else devices.cuda()
 
 
 @contextmanager
@@ -65,7 +76,7 @@ def options(
 
 @app.command()
 def info() -> None:
-    """Show what a report of a problem should say: versions, CPU, threads, cache, GPUs."""
+    """Show what a report of a problem should say: versions, CPU, threads, cache, backends, GPUs."""
     from fastadam import machine
 
     table = Table("What", "Value", title="fastadam on this machine", show_lines=False)
@@ -80,6 +91,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = _DEMO.seed,
     epochs: Annotated[int, typer.Option(help="Passes over the training digits.")] = _DEMO.epochs,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEMO.lr,
+    device: Annotated[
+        DeviceName, typer.Option(help="Where to train; cuda needs CuPy and an NVIDIA GPU.")
+    ] = DeviceName.CPU,
     output: Annotated[Path, typer.Option(help="Where the plot goes: a .png, .pdf or .svg file.")] = Path(
         "fastadam-demo.png"
     ),
@@ -92,6 +106,7 @@ def demo(
         with _told(ValueError, exit_code=2):
             settings = Settings(seed, epochs, lr)
             demo_plot.require_output(output)
+        where = _open(device)
         digits = load_digits(settings.seed)
 
     console = Console(highlight=False)
@@ -103,10 +118,11 @@ def demo(
         def show(epoch: Epoch) -> None:
             progress.update(task, advance=1, loss=epoch.loss, accuracy=epoch.accuracy)
 
-        result = train(settings, digits, on_epoch=show)
+        result = train(settings, digits, on_epoch=show, device=where)
 
     demo_plot.save(result, output)
     summary = Table.grid(padding=(0, 2))
+    summary.add_row("trained on", where.label)
     summary.add_row("test accuracy", f"{result.accuracy:.2%} of {digits.test_labels.size} digits")
     summary.add_row("time in step()", f"{result.step_share:.1%} of {result.train_seconds:.2f} s of training")
     summary.add_row("speed", f"{result.steps_per_second:,.0f} steps per second")
@@ -122,8 +138,11 @@ def bench(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What the buffers hold.")] = Dtype.FLOAT32,
     rounds: Annotated[int, typer.Option(help="Turns that each contender gets.")] = 9,
+    device: Annotated[
+        DeviceName, typer.Option(help="Where the buffers are; cuda needs CuPy and an NVIDIA GPU.")
+    ] = DeviceName.CPU,
 ) -> None:
-    """Time a step against NumPy and against the speed of the memory.
+    """Time a step against array expressions (NumPy, CuPy) and against the speed of the memory.
 
     Run it on an idle machine: threads that wait for each other on busy cores can take milliseconds.
     """
@@ -132,13 +151,20 @@ def bench(
     sizes = size or benchmark.SIZES
     with _told(ValueError, exit_code=2):
         benchmark.require_options(sizes, rounds)
+    with _told(ImportError, exit_code=1):
+        where = _open(device)
 
-    table = Table(
-        "elements", "time", "GB/s", "times faster than NumPy", "of roofline", title=f"FusedAdam.step, {dtype}"
-    )
+    if where is devices.CPU:
+        rival, bound = "NumPy", "a loop"
+        place = f"{machine.cpu()}. Threads: {machine.threads_used()}."
+    else:
+        rival, bound = "CuPy", "a copy within its memory"
+        place = f"{where.label}."
+    title = f"FusedAdam.step, {dtype}"
+    table = Table("elements", "time", "GB/s", f"times faster than {rival}", "of roofline", title=title)
     table.caption = (
-        f"{machine.cpu()}. Threads: {machine.threads_used()}. Medians of {rounds} rounds."
-        f" {benchmark.bytes_per_element(dtype)} bytes per element; roofline: a loop that moves as many."
+        f"{place} Medians of {rounds} rounds. {benchmark.bytes_per_element(dtype)} bytes per element;"
+        f" roofline: {bound} that moves as many."
     )
     for column in table.columns:
         column.justify = "right"
@@ -148,7 +174,9 @@ def bench(
         task = progress.add_task("", total=rounds * len(sizes))
         for elements in sizes:
             progress.update(task, description=f"{elements:,} elements")
-            row = benchmark.measure(elements, dtype, rounds=rounds, on_round=lambda: progress.advance(task))
+            row = benchmark.measure(
+                elements, dtype, rounds=rounds, on_round=lambda: progress.advance(task), device=where
+            )
             table.add_row(
                 f"{row.size:,}",
                 f"{row.microseconds:,.1f} us",

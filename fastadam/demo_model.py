@@ -1,4 +1,8 @@
-"""The network of the demo: a multilayer perceptron in NumPy, all of its parameters in one flat buffer."""
+"""The network of the demo: a multilayer perceptron, all of its parameters in one flat buffer.
+
+Written once for NumPy and CuPy. CuPy never converts between the memories by itself: every function comes from
+the library of the arrays, and a number stays on the GPU until somebody asks for it.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +32,32 @@ class MLP:
         Draws the weights, :math:`N(0, 2 / \text{inputs})` (He et al. 2015); the biases are zero.
     dtype : dtype, default float32
         Of the parameters and of the computation.
+    xp : module, default numpy
+        NumPy or CuPy: the library of the parameters and of all arrays given to the methods. The weights are
+        drawn by NumPy, so they are the same in both.
 
     Attributes
     ----------
-    flat_params, flat_grads : ndarray, shape (n,)
+    flat_params, flat_grads : ndarray of xp, shape (n,)
         What an optimizer steps with.
     layers, grads : tuple of Layer
         Views of them, layer by layer.
     """
 
-    def __init__(self, sizes: tuple[int, ...], rng: np.random.Generator, dtype: Any = np.float32) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], rng: np.random.Generator, dtype: Any = np.float32, xp: Any = np
+    ) -> None:
+        self._xp = xp
         total = sum((inputs + 1) * outputs for inputs, outputs in pairwise(sizes))
-        self.flat_params: Array = np.zeros(total, dtype)
-        self.flat_grads: Array = np.zeros(total, dtype)
+        self.flat_params: Array = xp.zeros(total, dtype)
+        self.flat_grads: Array = xp.zeros(total, dtype)
         self.layers = _views(self.flat_params, sizes)
         self.grads = _views(self.flat_grads, sizes)
         for weight, _ in self.layers:
-            weight[...] = rng.standard_normal(weight.shape) * np.sqrt(2 / len(weight))
+            drawn = rng.standard_normal(weight.shape) * np.sqrt(2 / len(weight))
+            weight[...] = xp.asarray(drawn.astype(dtype))
 
-    def loss_and_grads(self, inputs: Array, labels: Array) -> float:
+    def loss_and_grads(self, inputs: Array, labels: Array) -> Any:
         """Return the mean cross-entropy of a batch, and write its gradient to ``flat_grads``.
 
         Parameters
@@ -55,13 +66,19 @@ class MLP:
             Of the dtype of the parameters.
         labels : ndarray of int, shape (batch,)
             The right class of each.
+
+        Returns
+        -------
+        ndarray, shape (), or scalar of NumPy
+            Of the dtype of the parameters. Reading it waits for the GPU, so that is left to the caller.
         """
+        xp = self._xp
         activations, logits = self._forward(inputs)
-        batch = np.arange(len(labels))
+        batch = xp.arange(len(labels))
         logits = logits - logits.max(axis=1, keepdims=True)  # exp must not overflow
-        exp = np.exp(logits)
+        exp = xp.exp(logits)
         total = exp.sum(axis=1, keepdims=True)
-        loss = float(np.mean(np.log(total[:, 0]) - logits[batch, labels]))
+        loss = xp.mean(xp.log(total[:, 0]) - logits[batch, labels])
 
         # The gradient with respect to the output of each layer, from the last to the first.
         delta = exp / total
@@ -70,7 +87,7 @@ class MLP:
         for layer, grad, activation in zip(
             reversed(self.layers), reversed(self.grads), reversed(activations), strict=True
         ):
-            np.matmul(activation.T, delta, out=grad.weight)
+            xp.matmul(activation.T, delta, out=grad.weight)
             delta.sum(axis=0, out=grad.bias)
             delta = (delta @ layer.weight.T) * (activation > 0)
         return loss
@@ -85,7 +102,7 @@ class MLP:
         activations = [inputs]
         *hidden, last = self.layers
         for weight, bias in hidden:
-            activations.append(np.maximum(activations[-1] @ weight + bias, 0))
+            activations.append(self._xp.maximum(activations[-1] @ weight + bias, 0))
         return activations, activations[-1] @ last.weight + last.bias
 
 

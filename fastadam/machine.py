@@ -12,6 +12,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 import fastadam
+from fastadam import backends
 from fastadam.kernels import cpu as cpu_backend
 from fastadam.kernels import threads
 
@@ -36,7 +37,7 @@ _SIMD = {
 
 
 def facts() -> dict[str, str]:
-    """Return all facts: name -> value. Imports no optional package, and never raises for what is absent."""
+    """Return all facts: name -> value. Imports GPU libraries, to see whether they can run; never raises."""
     return {
         "fastadam": fastadam.__version__,
         "Python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -46,7 +47,7 @@ def facts() -> dict[str, str]:
         "SIMD registers": simd(_cpu_features()),
         "Threads": threads_used(),
         "Kernel cache": kernel_cache(),
-        "CUDA kernels": "none: this version has CPU kernels only",
+        **_backends(),
         "CUDA devices": "\n".join(cuda_devices()) or "none found",
     }
 
@@ -89,14 +90,37 @@ def kernel_cache() -> str:
 
 def cuda_devices() -> list[str]:
     """Return the NVIDIA GPUs that the driver's own program lists, without their serial numbers."""
+    listing = _nvidia_smi("-L")
+    if not listing:
+        return []
+    details = {}
+    for line in _nvidia_smi("--query-gpu=index,compute_cap,memory.total", "--format=csv,noheader"):
+        values = [value.strip() for value in line.split(",")]
+        if len(values) == 3 and "[" not in line:  # [N/A], [Not Supported]
+            details[f"GPU {values[0]}"] = f" (compute capability {values[1]}, {values[2]})"
+    names = [line.partition(" (UUID")[0].strip() for line in listing]
+    return [name + details.get(name.partition(":")[0], "") for name in names]
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Return the lines that it prints; none without it, or where it fails (old ones know no compute_cap)."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     try:
-        run = subprocess.run([program, "-L"], capture_output=True, check=True, text=True, timeout=10)  # noqa: S603
+        run = subprocess.run([program, *arguments], capture_output=True, check=True, text=True, timeout=10)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.partition(" (UUID")[0].strip() for line in run.stdout.splitlines() if line.strip()]
+    return [line for line in run.stdout.splitlines() if line.strip()]
+
+
+def _backends() -> dict[str, str]:
+    """Return whether each backend can run here, or how a GPU library failed in answering."""
+    try:
+        status = backends.status()
+    except Exception as error:
+        return {"Backends": f"unknown: {type(error).__name__}: {error}"}
+    return {f"Backend {name}": reason for name, reason in status.items()}
 
 
 def _version(*distributions: str) -> str:

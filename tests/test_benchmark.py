@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import walled_numpy
 from oracles import algorithm_1
 
-from fastadam import FusedAdam, benchmark
+from fastadam import FusedAdam, benchmark, devices
 from fastadam.benchmark import NumpyAdam, Row, measure, roofline
 from fastadam.kernels import threads
 from fastadam.kernels.cpu import PARALLEL_FROM
@@ -53,6 +54,43 @@ def test_measure(size, dtype, bytes_each):
     row = measure(size, dtype, rounds=3, on_round=lambda: rounds.append(None))
     assert (row.size, row.bytes, len(rounds)) == (size, bytes_each * size, 3)
     assert all(0 < x < np.inf for x in (row.seconds, row.times_numpy, row.of_roofline))
+
+
+@pytest.mark.parametrize("size", [1, 2, 1001])
+def test_measure_on_a_gpu(monkeypatch, size):
+    fake = walled_numpy.install(monkeypatch, benchmark)
+    monkeypatch.setattr(benchmark, "roofline", None)
+    row = measure(size, rounds=3, device=devices.cuda())
+    assert row.size == size
+    assert all(0 < x < np.inf for x in (row.seconds, row.times_numpy, row.of_roofline))
+    assert fake.reads == 0
+
+
+def test_a_wrong_update_on_a_gpu_is_not_timed(monkeypatch):
+    walled_numpy.install(monkeypatch, benchmark)
+    wrong = benchmark.FusedAdam
+    monkeypatch.setattr(benchmark, "FusedAdam", lambda lr, *others: wrong(1.001 * lr, *others))
+    monkeypatch.setattr(benchmark, "_interleave", None)
+    with pytest.raises(AssertionError, match=r"^the update must be NumPy's \(.+\); got .+ at element \d+\.$"):
+        measure(1000, rounds=1, device=devices.cuda())
+
+
+@pytest.mark.parametrize(("size", "elements"), [(1, 4), (2, 7), (1000, 3500)])
+def test_roofline_of_a_gpu_is_a_copy_of_as_many_bytes(monkeypatch, rng, size, elements):
+    """Half of them read, half written: 14 of 28 bytes, 3.5 elements of float32 for each of a step."""
+    walled_numpy.install(monkeypatch, benchmark)
+    device, copies = devices.cuda(), []
+    params, grads = (device.xp.asarray(rng.standard_normal(size, np.float32)) for _ in range(2))
+    move = benchmark._bound(device, params, grads)
+    monkeypatch.setattr(
+        device.xp, "copyto", lambda target, source: copies.append((target, source)), raising=False
+    )
+    move()
+    [(target, source)] = copies
+    assert len(target) == len(source) == elements
+    assert target.flags.c_contiguous
+    assert source.flags.c_contiguous
+    np.testing.assert_array_equal(source.host, np.tile(grads.host, 4)[:elements])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

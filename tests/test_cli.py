@@ -10,9 +10,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import walled_numpy
 
 import fastadam
-from fastadam import machine
+from fastadam import backends, devices, machine
 from fastadam.__main__ import main
 
 runner_of = pytest.importorskip("typer.testing")
@@ -99,6 +100,9 @@ def test_another_missing_module_is_not_blamed_on_the_command_line(monkeypatch):
         main()
 
 
+MISSING = 'not installed: pip install "fastadam[cuda13]"'
+
+
 # --- info ---------------------------------------------------------------------------------------------------
 
 
@@ -126,11 +130,27 @@ def test_facts():
     facts = machine.facts()
     assert facts["fastadam"] == fastadam.__version__
     assert (facts["NumPy"], facts["Numba"]) == (numpy.__version__, numba.__version__)
-    assert facts["CUDA kernels"] == "none: this version has CPU kernels only"
     assert all(facts.values())
 
 
-def test_facts_import_no_optional_package():
+def test_facts_tell_which_backends_can_run(monkeypatch):
+    status = {"cpu": "ready", "cupy": MISSING, "numba-cuda": "no CUDA driver"}
+    monkeypatch.setattr(backends, "status", lambda: status)
+    facts = machine.facts()
+    assert {name: facts[f"Backend {name}"] for name in status} == status
+    assert shown(invoke("info").stdout)["Backend cupy"] == MISSING
+
+
+def test_facts_do_not_fail_with_a_backend(monkeypatch):
+    def fail():
+        raise RuntimeError("the driver is odd")
+
+    monkeypatch.setattr(backends, "status", fail)
+    assert machine.facts()["Backends"] == "unknown: RuntimeError: the driver is odd"
+    assert invoke("info").exit_code == 0
+
+
+def test_facts_import_no_framework():
     assert loaded("from fastadam import machine; machine.facts()") == ["llvmlite", "numba"]
 
 
@@ -210,6 +230,30 @@ def test_cuda_devices(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("query", "details"),
+    [
+        ("0, 9.0, 81559 MiB\n1, 12.1, [N/A]\n", " (compute capability 9.0, 81559 MiB)"),
+        ("", ""),
+        ('Field "compute_cap" is not a valid field to query.\n', ""),
+        (None, ""),
+    ],
+    ids=["known", "nothing", "prose", "fails"],
+)
+def test_cuda_devices_with_what_the_program_knows_of_them(monkeypatch, query, details):
+    def run(command, **_):
+        if "-L" in command:
+            listing = "GPU 0: X (UUID: GPU-1)\n  MIG 1g Device 0: (UUID: MIG-2)\nGPU 1: Y (UUID: GPU-3)\n"
+            return SimpleNamespace(stdout=listing)
+        if query is None:
+            raise subprocess.CalledProcessError(2, "nvidia-smi")
+        return SimpleNamespace(stdout=query)
+
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert machine.cuda_devices() == [f"GPU 0: X{details}", "MIG 1g Device 0:", "GPU 1: Y"]
+
+
+@pytest.mark.parametrize(
     "error",
     [
         OSError(),
@@ -249,6 +293,7 @@ def test_demo_as_a_process(tmp_path):
     assert re.search(r"100/100 loss 0\.00\d+ +test accuracy 9", process.stdout)
     accuracy = re.search(r"^test accuracy +([\d.]+)% of 360 digits", process.stdout, re.MULTILINE)
     assert float(accuracy[1]) >= 97
+    assert re.search(r"^trained on +CPU *$", process.stdout, re.MULTILINE)
     assert re.search(r"^time in step\(\) +[\d.]+% of [\d.]+ s of training", process.stdout, re.MULTILINE)
     assert re.search(r"^speed +[\d,]+ steps per second", process.stdout, re.MULTILINE)
     assert process.stdout.endswith("plot            fastadam-demo.png\n")
@@ -294,6 +339,33 @@ def test_demo_refuses_before_it_trains(monkeypatch, option, value, message):
 
 
 @pytest.mark.usefixtures("needs_demo")
+@pytest.mark.parametrize("status", [MISSING, "no CUDA device"], ids=["no CuPy", "no GPU"])
+def test_demo_on_a_gpu_that_is_not_there(monkeypatch, tmp_path, status):
+    from fastadam import demo
+
+    monkeypatch.setattr(backends, "status", lambda: {"cupy": status})
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(demo, "load_digits", None)
+    monkeypatch.setattr(demo, "train", None)
+    result = invoke("demo", "--device", "cuda", "--output", tmp_path / "plot.png")
+    message = f"ImportError: device cuda needs CuPy and an NVIDIA GPU; CuPy here: {status}\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("needs_demo")
+def test_demo_on_a_gpu(monkeypatch, tmp_path):
+    from fastadam import demo
+
+    walled_numpy.install(monkeypatch, demo)
+    path = tmp_path / "plot.svg"
+    result = invoke("demo", "--device", "cuda", "--epochs", 2, "--output", path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"^trained on +Fake GPU, timed by its events *$", result.stdout, re.MULTILINE)
+    assert path.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.usefixtures("needs_demo")
 def test_demo_without_scikit_learn(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = invoke("demo", "--output", tmp_path / "plot.png")
@@ -318,7 +390,8 @@ def test_bench(monkeypatch):
 
     asked = []
 
-    def measure(size, dtype, *, rounds, on_round):
+    def measure(size, dtype, *, rounds, on_round, device):
+        assert device is devices.CPU
         asked.append((size, str(dtype), rounds))
         on_round()
         return benchmark.Row(size, 28 * size, seconds=2e-6, times_numpy=12.34, of_roofline=0.987)
@@ -352,3 +425,23 @@ def test_bench_as_it_is():
 def test_bench_refuses(option, message):
     result = invoke("bench", option, 0)
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"ValueError: {message}\n")
+
+
+def test_bench_on_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(backends, "status", lambda: {"cupy": MISSING})
+    result = invoke("bench", "--device", "cuda")
+    message = f"ImportError: device cuda needs CuPy and an NVIDIA GPU; CuPy here: {MISSING}\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+
+
+def test_bench_on_a_gpu(monkeypatch):
+    from fastadam import benchmark
+
+    walled_numpy.install(monkeypatch, benchmark)
+    result = invoke("bench", "--device", "cuda", "--size", 64, "--rounds", 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "times faster than CuPy" in result.stdout
+    assert re.search(r"\b64\b.* us .*x .*%", result.stdout)
+    caption = re.sub(r"\s+", " ", result.stdout)
+    assert "Fake GPU, timed by its events. Medians of 1 rounds. 28 bytes per element" in caption
+    assert "roofline: a copy within its memory that moves as many." in caption

@@ -11,6 +11,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import walled_numpy
 from tolerances import assert_same_bits
 
 import fastadam
@@ -18,7 +19,7 @@ import fastadam
 pytest.importorskip("sklearn")
 image = pytest.importorskip("matplotlib.image")
 
-from fastadam import demo, demo_plot  # noqa: E402
+from fastadam import demo, demo_plot, devices  # noqa: E402
 from fastadam.demo import Digits, Epoch, Result, Settings, load_digits, train  # noqa: E402
 from fastadam.demo_model import MLP  # noqa: E402
 
@@ -175,6 +176,52 @@ def test_a_diverging_learning_rate_is_no_error(digits, tmp_path):
     result = train(replace(FEW, lr=1e30), digits)
     assert np.isnan(result.epochs[-1].loss)
     demo_plot.save(result, tmp_path / "plot.png")
+
+
+def test_on_a_gpu_it_is_the_same_training(digits, monkeypatch):
+    """Bit for bit, as the fake computes by NumPy: the same weights, batches and operations."""
+    expected = train(FEW, digits)
+    fake = walled_numpy.install(monkeypatch, demo)
+    seen = []
+    result = train(FEW, digits, on_epoch=seen.append, device=devices.cuda())
+    assert_same_bits(result.params.host, expected.params)
+    assert tuple(seen) == result.epochs == expected.epochs
+    assert result.steps == expected.steps
+    assert 0 < result.step_seconds < result.train_seconds
+    # Loss and accuracy of each epoch, and the loss of the rehearsal.
+    assert fake.reads == 2 * FEW.epochs + 1
+
+
+def test_a_gpu_rehearses_all_before_the_clock_starts(digits, monkeypatch):
+    fake = walled_numpy.install(monkeypatch, demo)
+    device = devices.cuda()
+    epochs = []
+    original = demo._train_epoch
+
+    def train_epoch(model, optimizer, *others):
+        before = len(fake.functions)
+        seconds = original(model, optimizer, *others)
+        epochs.append((model, optimizer, len(fake.functions) - before))
+        return seconds
+
+    monkeypatch.setattr(demo, "_train_epoch", train_epoch)
+    result = train(FEW, digits, device=device)
+    (rehearsal, its_optimizer, new), *others = epochs
+    assert new > 0
+    assert its_optimizer.state.step == STEPS_PER_EPOCH
+    assert all(new == 0 and model is not rehearsal for model, _, new in others)
+    assert all(model.flat_params is result.params for model, *_ in others)
+    assert {optimizer.state.step for _, optimizer, _ in others} == {result.steps}
+
+
+def test_cupy_has_all_that_training_uses(digits, monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    fake = walled_numpy.install(monkeypatch, demo)
+    train(FEW, digits, device=devices.cuda())
+    assert {"asarray", "matmul", "stack"} < fake.functions
+    assert {"T", "reshape", "sum"} < fake.attributes
+    assert [name for name in fake.functions if not hasattr(cupy, name)] == []
+    assert [name for name in fake.attributes if not hasattr(cupy.ndarray, name)] == []
 
 
 def test_result_arithmetic():
