@@ -33,10 +33,8 @@ def require_name(backend: object) -> str | None:
         return None
     if backend not in NAMES:
         raise ValueError(f"backend must be None, 'cpu', 'cupy' or 'numba-cuda'; got {backend!r}.")
-    name = str(backend)
-    if not is_installed(name):
-        raise ImportError(f"backend={name!r} needs {_PACKAGES[name][0]}. {_REMEDY}")
-    return name
+    _require_installed(str(backend))
+    return str(backend)
 
 
 def is_installed(name: str) -> bool:
@@ -44,11 +42,15 @@ def is_installed(name: str) -> bool:
     return name == "cpu" or find_spec(_PACKAGES[name][1]) is not None
 
 
+def _require_installed(name: str) -> None:
+    if not is_installed(name):
+        raise ImportError(f"backend={name!r} needs {_PACKAGES[name][0]}. {_REMEDY}")
+
+
 @cache
 def load(name: str) -> Any:
     """Return a backend: the module :mod:`fastadam.kernels.cpu`, or a :class:`fastadam.kernels.cuda.Cuda`."""
-    if not is_installed(name):
-        raise ImportError(f"{_PACKAGES[name][0]} is needed and not installed. {_REMEDY}")
+    _require_installed(name)
     module = import_module(_MODULES[name])
     return module if name == "cpu" else module.backend
 

@@ -40,9 +40,12 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
     ValueError
         If it is not contiguous, not aligned to its elements, or not writable where it must be.
     """
-    shape, strides = tuple(interface["shape"]), interface.get("strides")
-    pointer, read_only = interface["data"]
-    dtype = np.dtype(interface["typestr"])
+    try:
+        shape, strides = tuple(interface["shape"]), interface.get("strides")
+        pointer, read_only = interface["data"]
+        dtype = np.dtype(interface["typestr"])
+    except KeyError as missing:
+        raise TypeError(f"{name} must have a whole __cuda_array_interface__; got one without {missing}.") from None
 
     if interface.get("mask") is not None:
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its data.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -29,3 +31,27 @@ def all_threads():
     before = numba.get_num_threads()
     yield numba.config.NUMBA_NUM_THREADS
     numba.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory):
+    """Where CUDA C++ compiled for the host is kept."""
+    return tmp_path_factory.mktemp("host-kernels")
+
+
+@pytest.fixture
+def cupy(host_kernels, monkeypatch):
+    """A stand-in for CuPy, whose kernels run as host code, and a backend that has seen no other."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    from fake_cupy import make
+
+    from fastadam import backends
+
+    module = make(host_kernels)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.delitem(sys.modules, "fastadam.kernels.cuda_cupy", raising=False)
+    backends.load.cache_clear()
+    yield module
+    backends.load.cache_clear()
+    sys.modules.pop("fastadam.kernels.cuda_cupy", None)

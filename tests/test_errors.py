@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastadam
-from fastadam import FusedAdam
+from fastadam import FusedAdam, backends
 
 N = 8
 
@@ -31,16 +31,20 @@ def torch_tensor(**options):
     return pytest.importorskip("torch").ones(N, **options)
 
 
+class BrokenInterface:
+    __cuda_array_interface__ = {"shape": (N,)}  # noqa: RUF012
+
+
 class OnDevice:
-    __cuda_array_interface__ = {}  # noqa: RUF012
+    __cuda_array_interface__ = {"shape": (N,), "typestr": "<f4", "data": (1024, False), "version": 3}  # noqa: RUF012
 
 
-class CudaByDLPack:
+class OnAnotherDevice:
     def __dlpack__(self, **_):
         raise AssertionError("must not be asked")
 
     def __dlpack_device__(self):
-        return (2, 0)
+        return (8, 0)  # Metal
 
 
 class OnlyArray:
@@ -49,8 +53,8 @@ class OnlyArray:
 
 
 NOT_AN_ARRAY = (
-    "flat_params must be an array that shares its memory (NumPy, DLPack, __array_interface__ or the buffer"
-    " protocol); got {}."
+    "flat_params must be an array that shares its memory (NumPy, DLPack, __array_interface__, the buffer"
+    " protocol or __cuda_array_interface__); got {}."
 )
 NOT_CONTIGUOUS = (
     "flat_params must be C-contiguous; got shape {} with strides {}."
@@ -104,15 +108,16 @@ PARAMS = {
         "flat_params must share its memory; torch.Tensor refuses: Can't call numpy() on Tensor that requires"
         " grad. Use tensor.detach().numpy() instead.",
     ),
-    "cuda-array-interface": (
-        OnDevice,
+    "broken-cuda-interface": (
+        BrokenInterface,
         TypeError,
-        "flat_params must be in CPU memory; got a device array (test_errors.OnDevice). Pass a CPU copy.",
+        "flat_params must have a whole __cuda_array_interface__; got one without 'data'.",
     ),
-    "cuda-dlpack": (
-        CudaByDLPack,
+    "other-device": (
+        OnAnotherDevice,
         TypeError,
-        "flat_params must be in CPU memory; got a device array (test_errors.CudaByDLPack). Pass a CPU copy.",
+        "flat_params must be in CPU memory or on an NVIDIA GPU; got another device's array"
+        " (test_errors.OnAnotherDevice). Pass a CPU copy.",
     ),
     "too-small": (
         lambda: f32(N - 1),
@@ -237,6 +242,12 @@ HYPERPARAMETERS = [
     ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0; got -1.0."),
     ({"weight_decay": INF}, ValueError, "weight_decay must be finite; got inf."),
     ({"weight_decay": False}, TypeError, "weight_decay must be a real number; got bool."),
+    ({"capturable": 1}, TypeError, "capturable must be True or False; got int."),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        "backend must be None, 'cpu', 'cupy' or 'numba-cuda'; got 'gpu'.",
+    ),
     ({"amsgrad": 1}, TypeError, "amsgrad must be True or False; got int."),
     ({"maximize": "yes"}, TypeError, "maximize must be True or False; got str."),
     (
@@ -291,6 +302,27 @@ def test_hyperparameters_out_of_the_range_of_float32(arguments, message):
     opt = FusedAdam(**arguments)
     assert_raises_and_changes_nothing(opt, f32(), f32(), ValueError, message)
     opt.step(np.ones(N), np.ones(N))  # float64 has room
+
+
+def test_stream_for_buffers_in_cpu_memory():
+    opt, params = FusedAdam(), f32()
+    with pytest.raises(TypeError) as caught:
+        opt.step(params, f32(), stream=0)
+    assert str(caught.value) == "stream must be None for buffers in CPU memory; got a stream."
+    assert opt.state.step == 0
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
+def test_cuda_backends_without_their_packages(monkeypatch, name):
+    monkeypatch.setattr(backends, "is_installed", lambda name: name == "cpu")
+    remedy = 'pip install "fastadam[cuda13]" (or "fastadam[cuda12]")'
+    package = {"cupy": "CuPy", "numba-cuda": "numba-cuda"}[name]
+    with pytest.raises(ImportError) as caught:
+        FusedAdam(backend=name)
+    assert str(caught.value) == f"backend='{name}' needs {package}. {remedy}"
+    with pytest.raises(ImportError) as caught:
+        FusedAdam().step(OnDevice(), OnDevice())
+    assert str(caught.value) == f"A CUDA array needs CuPy or numba-cuda. {remedy}"
 
 
 def test_flags_are_keyword_only():

@@ -19,11 +19,14 @@ SOURCES = {
 
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
-    {"kernels.forks", "kernels.rules", "kernels.storage"},
-    {"kernels.__init__"},
-    {"kernels.compiling", "kernels.threads"},
-    {"kernels.cpu"},
-    {"backends", "buffers", "hyperparameters"},
+    {"bias_correction", "kernels.forks", "kernels.grids", "kernels.rules", "kernels.storage"},
+    {"kernels.__init__", "kernels.translation"},
+    {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.threads"},
+    {"kernels.cpu", "kernels.cuda_loop", "kernels.cuda_source"},
+    {"kernels.cuda_cupy", "kernels.cuda_numba"},
+    {"backends", "hyperparameters"},
+    {"device_buffers"},
+    {"buffers"},
     {"state"},
     {"optimizer"},
     {"__init__"},
