@@ -7,9 +7,14 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 - ``python -m bench.scaling``: a step by number of threads;
 - ``python -m bench.startup``: import and first step, in new processes;
 - ``python -m bench.memory``: what a step allocates;
+- ``python -m bench.gpu_compare``: a step on a GPU beside peers, a copy and the roofline;
+- ``python -m bench.gpu_launch``: a step on a GPU by launch, which sets the constants of ``kernels/grids.py``;
 - ``python -m bench.report``: the tables of the README, from ``bench/results``;
-- ``pytest bench``: a pytest-benchmark suite, to compare two versions of fastadam.
+- ``pytest bench``: a pytest-benchmark suite, to compare two versions of fastadam, with a GPU on that too.
+
+``bash ci/gpu.sh`` runs what needs a GPU, on a machine with nothing to download from.
 
 Below them: ``harness`` (clocks), ``peers`` (contenders), ``oracle`` (correctness before every timing),
-``roofline`` (the time that the memory traffic of a step takes).
+``roofline`` (the time that the memory traffic of a step takes); for a GPU ``gpu_timer``, ``gpu_peers``,
+``gpu_measure`` and ``gpu_references``.
 """

@@ -14,12 +14,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 Clock = Callable[[], int]
 """Returns nanoseconds."""
+
+Timer = Callable[[Callable[[], object]], float]
+"""Makes a call and returns its duration in nanoseconds: for what a clock around the call does not see."""
 
 
 class Task(NamedTuple):
@@ -93,6 +97,7 @@ def interleave(
     blocks: Blocks = Blocks(),
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
+    timer: Timer | None = None,
 ) -> Measurement:
     """Time tasks in turns.
 
@@ -108,36 +113,44 @@ def interleave(
         Of the order within the rounds.
     clock : callable
         Returns nanoseconds.
+    timer : callable, optional
+        Times a call by other means, such as events of a GPU; by default the clock does, which adds one
+        reading of it to each call, about 50 ns.
 
     Returns
     -------
     Measurement
-        Each call is timed by itself, which adds one reading of the clock to it, about 50 ns.
+        Each call is timed by itself.
     """
+    timed = timer or partial(_by_clock, clock)
     order = np.random.default_rng(seed)
     names = list(tasks)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for position in order.permutation(len(names)):
             name = names[position]
-            seconds[name].append(_median_of_block(tasks[name], blocks, clock))
+            seconds[name].append(_median_of_block(tasks[name], blocks, clock, timed))
     return Measurement(seconds)
 
 
-def _median_of_block(task: Task, blocks: Blocks, clock: Clock) -> float:
-    _repeat(task, blocks.warm_seconds, blocks.min_warm_calls, clock)
-    return float(np.median(_repeat(task, blocks.timed_seconds, blocks.min_timed_calls, clock))) * 1e-9
+def _by_clock(clock: Clock, call: Callable[[], object]) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
-def _repeat(task: Task, least_seconds: float, least_calls: int, clock: Clock) -> list[int]:
+def _median_of_block(task: Task, blocks: Blocks, clock: Clock, timer: Timer) -> float:
+    _repeat(task, blocks.warm_seconds, blocks.min_warm_calls, clock, timer)
+    return float(np.median(_repeat(task, blocks.timed_seconds, blocks.min_timed_calls, clock, timer))) * 1e-9
+
+
+def _repeat(task: Task, least_seconds: float, least_calls: int, clock: Clock, timer: Timer) -> list[float]:
     """Call a task until both leasts are met; return the duration of each call in nanoseconds."""
     call, before = task
-    durations: list[int] = []
+    durations: list[float] = []
     first = clock()
     while len(durations) < least_calls or clock() - first < least_seconds * 1e9:
         if before is not None:
             before()
-        start = clock()
-        call()
-        durations.append(clock() - start)
+        durations.append(timer(call))
     return durations

@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from bench import gpu_report, tables
 from bench.environment import RESULTS, ROOT, Result
 from bench.units import format_bytes, format_size, format_time
 
@@ -26,20 +27,6 @@ _BEGIN = re.compile(r"<!-- results:\w+:begin")
 app = typer.Typer(add_completion=False)
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _met(value: float, target: float) -> str:
-    return "met" if value <= target else "**missed**"
-
-
-def _quartiles(ratio: dict[str, float], digits: int) -> str:
-    low, median, high = (f"{ratio[key]:.{digits}f}" for key in ("low", "median", "high"))
-    return f"{median} ({low} to {high})"
-
-
 def _compare(result: Result) -> str:
     rows = result["rows"]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
@@ -48,7 +35,7 @@ def _compare(result: Result) -> str:
         times = 1 / row["fastadam_over_peer"]["median"]
         own = "" if row["peer"] == "fastadam" else f" ({times:.2f}x)"
         cells.setdefault(row["label"], {})[row["size"]] = format_time(row["seconds"]) + own
-    times_table = _table(
+    times_table = tables.table(
         [f"step, {result['dtype']}", *map(format_size, sizes)],
         ([label, *(of_label.get(size, "") for size in sizes)] for label, of_label in cells.items()),
     )
@@ -56,15 +43,15 @@ def _compare(result: Result) -> str:
         [
             f"{row['label']}, {format_size(row['size'])}",
             f"{row['target']:.2f}",
-            _quartiles(row["fastadam_over_peer"], 3),
-            _met(row["fastadam_over_peer"]["median"], row["target"]),
+            tables.quartiles(row["fastadam_over_peer"], 3),
+            tables.met(row["fastadam_over_peer"]["median"], row["target"]),
         ]
         for row in rows
         if row["target"] is not None
     ]
     if not promises:
         return times_table
-    return f"{times_table}\n{_table(['time of fastadam over', 'at most', 'measured', ''], promises)}"
+    return f"{times_table}\n{tables.table(['time of fastadam over', 'at most', 'measured', ''], promises)}"
 
 
 def _threshold(result: Result) -> str:
@@ -73,11 +60,11 @@ def _threshold(result: Result) -> str:
             format_size(row["size"]),
             format_time(row["serial_seconds"]),
             format_time(row["parallel_seconds"]),
-            _quartiles(row["parallel_over_serial"], 2),
+            tables.quartiles(row["parallel_over_serial"], 2),
         ]
         for row in result["rows"]
     )
-    return _table(["elements", "serial", "parallel", "parallel / serial"], rows)
+    return tables.table(["elements", "serial", "parallel", "parallel / serial"], rows)
 
 
 def _scaling(result: Result) -> str:
@@ -86,11 +73,11 @@ def _scaling(result: Result) -> str:
             f"{format_size(row['size'])}, {row['layer']}",
             str(row["threads"]),
             format_time(row["seconds"]),
-            _quartiles(row["speedup"], 2),
+            tables.quartiles(row["speedup"], 2),
         ]
         for row in result["rows"]
     )
-    return _table(["step", "threads", "time", "speed over one thread"], rows)
+    return tables.table(["step", "threads", "time", "speed over one thread"], rows)
 
 
 def _startup(result: Result) -> str:
@@ -100,11 +87,11 @@ def _startup(result: Result) -> str:
             format_time(row["seconds"]["median"]),
             f"{format_time(row['seconds']['low'])} to {format_time(row['seconds']['high'])}",
             format_time(row["target"]),
-            _met(row["seconds"]["median"], row["target"]),
+            tables.met(row["seconds"]["median"], row["target"]),
         ]
         for row in result["rows"]
     )
-    return _table(["new process", "time", "quartiles", "at most", ""], rows)
+    return tables.table(["new process", "time", "quartiles", "at most", ""], rows)
 
 
 def _memory(result: Result) -> str:
@@ -114,11 +101,13 @@ def _memory(result: Result) -> str:
             format_bytes(row["bytes"]),
             f"{row['bytes_per_element']:.4f}",
             format_bytes(row["target"]),
-            _met(row["bytes"], row["target"]),
+            tables.met(row["bytes"], row["target"]),
         ]
         for row in result["rows"]
     )
-    return _table([f"{format_size(result['size'])} float32", "bytes", "per element", "at most", ""], rows)
+    return tables.table(
+        [f"{format_size(result['size'])} float32", "bytes", "per element", "at most", ""], rows
+    )
 
 
 RENDERERS: dict[str, Callable[[Result], str]] = {
@@ -127,30 +116,13 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "scaling": _scaling,
     "startup": _startup,
     "memory": _memory,
+    **gpu_report.RENDERERS,
 }
-
-
-def _origin(result: Result) -> str:
-    """Say where the numbers come from."""
-    environment: dict[str, Any] = result["environment"]
-    machine = environment["machine"]
-    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
-    facts = [
-        f"{machine['cpu']} ({machine['architecture']}), {machine['cores']} cores{memory}",
-        environment["os"],
-        f"Python {environment['python']}",
-        ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
-        f"threads: {environment['threading_layer']}",
-        *([f"median of {result['rounds']} rounds, with quartiles"] if "rounds" in result else []),
-        environment["date"],
-        *([f"commit {environment['commit']}"] if environment["commit"] else []),
-    ]
-    return f"<sub>{'; '.join(facts)}.</sub>\n"
 
 
 def render(results: Iterable[Result]) -> str:
     """Return the Markdown of results, one after the other, each with its origin."""
-    parts = [f"{RENDERERS[result['kind']](result)}\n{_origin(result)}" for result in results]
+    parts = [f"{RENDERERS[result['kind']](result)}\n{tables.origin(result)}" for result in results]
     return "\n".join(parts) or NOT_MEASURED
 
 
@@ -177,8 +149,9 @@ def updated(text: str, results: Iterable[Result]) -> str:
 
 
 def load(folder: Path) -> list[Result]:
-    """Return the results of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Return the results of a folder, in the order of their names; other JSON files are none."""
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [found for found in every if "kind" in found]
 
 
 @app.command()

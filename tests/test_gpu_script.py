@@ -1,0 +1,39 @@
+"""ci/gpu.sh, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+
+
+def run(tmp_path, root=ROOT, **changes):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), **changes}
+    environment.pop("PYTHONPATH", None)
+    command = [shutil.which("bash"), str(root / "ci" / "gpu.sh"), "--dry-run"]
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False, text=True)
+
+
+def test_dry_run_finds_and_skips_everything(tmp_path):
+    done = run(tmp_path)
+    log = (tmp_path / "out" / "gpu-log.txt").read_text(encoding="utf-8")
+    assert done.returncode == 0, log
+    assert f"fastadam and its kernels come from the tree, bench from {ROOT}\n" in log
+    assert [line.split()[-2] for line in done.stdout.splitlines()[-3:]] == ["ok", "ok", "ok"]
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_dry_run_fails_where_the_tree_does_not_import(tmp_path):
+    root = tmp_path / "root"
+    for folder in ("fastadam", "kernels", "bench", "ci"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "kernels" / "cpu.py").write_text("raise ImportError\n", encoding="utf-8")
+    assert run(tmp_path, root).returncode == 1

@@ -1,0 +1,125 @@
+"""Rules in CUDA C++: what is translated, and what is refused. ``test_cuda.py`` compares the bits."""
+
+from __future__ import annotations
+
+import math
+from math import sqrt
+from typing import NamedTuple
+
+import pytest
+
+from fastadam.kernels import rules
+from fastadam.kernels.translation import translate
+
+
+def test_a_rule_line_by_line():
+    choices = {
+        rules.transform: {type(None): rules.unchanged, rules.L2Decay: rules.l2_decay},
+        rules.advance: {rules.Adam: rules.adam},
+    }
+    code = translate(rules.update, choices)
+    assert "struct None { };" in code
+    assert "struct L2Decay { Real weight_decay; };" in code
+    assert code.count("DEVICE auto transform(") == 2
+    assert code.count("DEVICE auto moving_average(") == 1
+    body = code[code.index("DEVICE auto adam(") :]
+    assert body.splitlines()[:6] == [
+        "DEVICE auto adam(auto param, auto grad, auto state, auto c) {",
+        "    auto [exp_avg, exp_avg_sq] = state;",
+        "    auto exp_avg_2 = moving_average(exp_avg, grad, c.beta1, c.one_minus_beta1);",
+        "    auto exp_avg_sq_2 = moving_average(exp_avg_sq, (grad * grad), c.beta2, c.one_minus_beta2);",
+        "    auto denom = (sqrt((exp_avg_sq_2 * c.inv_bias_correction2)) + c.eps);",
+        "    return tuple((param - (c.step_size * (exp_avg_2 / denom))), tuple(exp_avg_2, exp_avg_sq_2));",
+    ]
+
+
+class Pair(NamedTuple):
+    a: float
+    b: float
+
+
+def every_expression(x, y, c):
+    """Not code."""
+    x, y = y, x
+    larger = x if x >= y else y
+    x = -larger * c.a + c.b / (x - y)
+    return sqrt(x), (y, larger)
+
+
+def test_every_expression():
+    assert translate(every_expression, {}) == (
+        "DEVICE auto every_expression(auto x, auto y, auto c) {\n"
+        "    auto [x_2, y_2] = tuple(y, x);\n"
+        "    auto larger = ((x_2 >= y_2) ? x_2 : y_2);\n"
+        "    auto x_3 = (((-larger) * c.a) + (c.b / (x_2 - y_2)));\n"
+        "    return tuple(sqrt(x_3), tuple(y_2, larger));\n"
+        "}"
+    )
+
+
+def literal(x):
+    return x * 2.0
+
+
+def loop(x):
+    for _ in range(3):
+        x = x * x
+    return x
+
+
+def branch(x):
+    if x > x:
+        x = -x
+    return x
+
+
+def power(x):
+    return x**x
+
+
+def library(x):
+    return math.sin(x)
+
+
+def unknown(x):
+    return missing(x)  # noqa: F821
+
+
+def keyword(x):
+    return rules.step_size(lr=x, bias_correction1=x)
+
+
+def chained(x):
+    return x if x < x < x else -x
+
+
+def global_name(x):
+    return x * math.pi
+
+
+def subscript(x):
+    return x[0]
+
+
+REFUSED = {
+    literal: "2.0",
+    loop: "for _ in range(3):\n    x = x * x",
+    branch: "if x > x:\n    x = -x",
+    power: "x ** x",
+    library: "math.sin(x)",
+    unknown: "missing(x)",
+    keyword: "rules.step_size(lr=x, bias_correction1=x)",
+    chained: "x < x < x",
+    global_name: "math",
+    subscript: "x[0]",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
+def test_refused(function):
+    with pytest.raises(TypeError) as caught:
+        translate(function, {})
+    assert str(caught.value) == (
+        f"{function.__name__} must use only assignments, one return, + - * /, comparisons, conditional"
+        f" expressions, tuples, sqrt and calls of rules; got {REFUSED[function]!r}."
+    )
