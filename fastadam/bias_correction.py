@@ -2,8 +2,8 @@
 
 The C library's ``pow`` differs between machines in the last bit, and a GPU has another one again. Powers are
 formed here in double-double arithmetic (a float64 and its rounding error), by additions and multiplications
-only, in blocks of :data:`BLOCK` steps. A power is off by less than 2**-90, so the one rounding at the end is the
-right one, but for cases rarer than one in 2**25.
+only, in blocks of :data:`BLOCK` steps. A power is off by less than 2**-90, so the one rounding at the end
+is the right one, but for cases rarer than one in 2**25.
 
 Dekker, "A floating-point technique for extending the available precision", Numer. Math. 18 (1971).
 """

@@ -149,8 +149,9 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
 
 def _device_interface(buffer: Any) -> tuple[dict[str, Any] | None, bool]:
     """Return the CUDA array interface, if it is in GPU memory, and whether it is in any device's memory."""
-    if hasattr(buffer, "__cuda_array_interface__"):
-        return buffer.__cuda_array_interface__, True
+    interface = getattr(buffer, "__cuda_array_interface__", None)
+    if interface is not None:
+        return interface, True
     device = int(buffer.__dlpack_device__()[0]) if hasattr(buffer, "__dlpack_device__") else _DLPACK_CPU[0]
     if device in _DLPACK_CUDA:
         return backends.load("cupy").from_dlpack(buffer).__cuda_array_interface__, True

@@ -1,7 +1,7 @@
 """Arrays in GPU memory -> :class:`DeviceBuffer`, and the CUDA stream on which their owner works.
 
-Any library's: CuPy, Numba, PyTorch and others export ``__cuda_array_interface__``. No library is imported for an
-array that it did not make.
+Any library's: CuPy, Numba, PyTorch and others export ``__cuda_array_interface__``. No library is imported
+for an array that it did not make.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
         pointer, read_only = interface["data"]
         dtype = np.dtype(interface["typestr"])
     except KeyError as missing:
-        raise TypeError(f"{name} must have a whole __cuda_array_interface__; got one without {missing}.") from None
+        raise TypeError(
+            f"{name} must have a whole __cuda_array_interface__; got one without {missing}."
+        ) from None
 
     if interface.get("mask") is not None:
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its data.")
@@ -67,7 +69,7 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
     device = _device(buffer, pointer)
     stream = current_stream(library(buffer), device)
     if stream is None:
-        stream = int(interface.get("stream") or 0)
+        stream = interface.get("stream")  # None: nobody works on it, or the exporter does not tell
     size = int(np.prod(shape, dtype=np.int64))
     return DeviceBuffer(pointer, size, dtype, device, stream, buffer)
 

@@ -151,7 +151,8 @@ def _inverse_corrections(beta: float, number: int, dtype: Floating) -> list[np.f
 @lru_cache(maxsize=16)
 def _corrections(beta: float, number: int) -> list[float]:
     """Return ``1 - beta ** step`` for a block of steps."""
-    return bias_correction.block(beta, number).tolist()
+    corrections: list[float] = bias_correction.block(beta, number).tolist()
+    return corrections
 
 
 class Coefficients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -144,8 +144,8 @@ class FusedAdam:
         ------
         TypeError
             If a buffer is not an array, cannot be shared or written to in place, has another dtype than
-            float32, float64, the parameters or the moments, or lies elsewhere than the parameters, the moments
-            or the backend; or if ``stream`` is no stream.
+            float32, float64, the parameters or the moments, or lies elsewhere than the parameters, the
+            moments or the backend; or if ``stream`` is no stream.
         ValueError
             If a buffer is not contiguous, the parameters are read-only, sizes differ, or buffers overlap; or
             if the stream is being captured and the step could not be replayed.
@@ -156,6 +156,8 @@ class FusedAdam:
         grads = buffers.flat(flat_grads, "flat_grads", writable=False)
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
+        if isinstance(params, DeviceBuffer) and params.stream is None:
+            params = params._replace(stream=grads.stream or 0)  # type: ignore[union-attr]
         if stream is not None:
             params, grads = _on_stream(params, stream), _on_stream(grads, stream)
 
@@ -176,18 +178,19 @@ class FusedAdam:
             self._coefficients = c
 
         if self._capturable:
-            state._clock = state._clock or self._clock(kernels, params, state, c)
+            like = cast("DeviceBuffer", params)  # the first step took no other
+            state._clock = state._clock or self._clock(kernels, like, state, c)
             take = kernels.plan_captured(params, grads, moments, state._clock)
         else:
-            if state._kernels is not None and kernels.is_capturing(params.stream, params.device):
+            if isinstance(params, DeviceBuffer) and kernels.is_capturing(params.stream, params.device):
                 raise ValueError(
                     "stream must not be in capture: every replay would repeat this step number."
                     " Use FusedAdam(capturable=True)."
                 )
             take = kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
 
-        # Nothing fails from here on, but for a launch that CUDA refuses. What a signal handler raises (Ctrl-C)
-        # comes when the step is taken to its end, so it is counted before.
+        # Nothing fails from here on, but for a launch that CUDA refuses. What a signal handler raises
+        # (Ctrl-C) comes when the step is taken to its end, so it is counted before.
         state.advance()
         self._state, self._kernels = state, kernels
         try:
@@ -197,7 +200,7 @@ class FusedAdam:
             raise
         if self._capturable:
             library = "" if stream is not None else device_buffers.library(flat_params)
-            self._stream = (library, params.device, params.stream)
+            self._stream = (library, like.device, like.stream or 0)
 
     @property
     def state(self) -> State:
@@ -266,7 +269,7 @@ class FusedAdam:
     def lr(self) -> float:
         """Learning rate; set it between steps.
 
-        With ``capturable=True`` setting it is queued on the current stream, or the one given to the last step.
+        With ``capturable=True`` setting it is queued on the current stream, or that given to the last step.
         """
         return self._hyperparameters.lr
 
@@ -333,7 +336,8 @@ class FusedAdam:
         if isinstance(params, DeviceBuffer):
             if kernels.is_capturing(params.stream, params.device):
                 raise ValueError(
-                    "stream must not be in capture: the first step allocates the moments. Take one step before."
+                    "stream must not be in capture: the first step allocates the moments."
+                    " Take one step before."
                 )
             return kernels, State.on_device(kernels, params, names, state)
         return kernels, state if state._arrays else State(names, params.size, params.dtype, state.step)
@@ -353,7 +357,7 @@ class FusedAdam:
         return Clock(
             kernels,
             params.device,
-            params.stream,
+            params.stream or 0,
             KernelTypes(params.dtype, len(h.moments), type(c.direction), type(c.decay), type(rule)),
             step=state._step,
             lr=h.lr,

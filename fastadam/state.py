@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastadam import buffers
-from fastadam.buffers import Array, Buffer
+from fastadam.buffers import Buffer
 from fastadam.kernels.cuda import Clock, Cuda, DeviceBuffer
 from fastadam.kernels.grids import PACK
 
@@ -74,14 +74,14 @@ class State:
         ----------
         kernels : Cuda
         like : DeviceBuffer
-            The parameters: the moments get their size, dtype and device, and their place in 16 bytes, so that a
-            step can access all of them in 16-byte packs.
+            The parameters: the moments get their size, dtype and device, and their place in 16 bytes, so that
+            a step can access all of them in 16-byte packs.
         names : tuple of str
             The moments.
         host : State
             What it starts from: a state in CPU memory with these moments, or with none.
         """
-        itemsize = like.dtype.itemsize
+        itemsize, stream = like.dtype.itemsize, like.stream or 0
         nbytes = like.size * itemsize
         stride = -(-nbytes // _CACHE_LINE) * _CACHE_LINE
         starts = [like.pointer % PACK + k * stride for k in range(len(names))]
@@ -90,13 +90,13 @@ class State:
             image = np.zeros(total, np.uint8)
             for start, moment in zip(starts, host._views, strict=True):
                 image[start : start + nbytes] = moment.view(np.uint8)
-            memory = kernels.to_device(image, like.device, like.stream)
+            memory = kernels.to_device(image, like.device, stream)
         else:
-            memory = kernels.zeros(total, like.device, like.stream)
+            memory = kernels.zeros(total, like.device, stream)
 
         def buffer(start: int, size: int, dtype: Any) -> DeviceBuffer:
             address = kernels.address(memory) + start
-            return DeviceBuffer(address, size, np.dtype(dtype), like.device, like.stream, memory)
+            return DeviceBuffer(address, size, np.dtype(dtype), like.device, stream, memory)
 
         state = cls(step=host._step)
         state._names, state._kernels = names, kernels
@@ -157,7 +157,7 @@ class State:
         """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
         kernels, arrays = self._kernels, self._arrays
         copies = [
-            view.copy() if kernels is None else kernels.to_host(view, array.device)  # type: ignore[union-attr]
+            view.copy() if kernels is None else kernels.to_host(view, cast("DeviceBuffer", array).device)
             for view, array in zip(self._views, arrays, strict=True)
         ]
         return {"step": self.step, **dict(zip(self._names, copies, strict=True))}

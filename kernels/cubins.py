@@ -44,12 +44,13 @@ def cached(place: Path | None, key: str, make: Callable[[], bytes]) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     """Write aside and rename: another process sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    aside = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(aside, path)
+        aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            aside.unlink()
         raise

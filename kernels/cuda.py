@@ -1,8 +1,8 @@
-"""What the CUDA backends share: the layout of a launch, eager and captured steps. One library each does the rest.
+"""What the CUDA backends share: the layout of a launch, eager and captured steps.
 
-:class:`Cuda` plans steps; :mod:`fastadam.kernels.cuda_cupy` and :mod:`fastadam.kernels.cuda_numba` compile
-the kernels, launch them and own memory. Work is queued on a stream; nothing here waits for the device but
-what says so.
+:class:`Cuda` plans steps; :mod:`fastadam.kernels.cuda_cupy` and :mod:`fastadam.kernels.cuda_numba`, with one
+library each, compile the kernels, launch them and own memory. Work is queued on a stream; nothing here waits
+for the device but what says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DeviceBuffer(NamedTuple):
     size: int
     dtype: np.dtype[Any]
     device: int  # ordinal, as CUDA counts
-    stream: int  # handle of the stream on which its owner queues work
+    stream: int | None  # handle of the stream on which its owner queues work, if known
     owner: object  # keeps the memory alive
 
 
@@ -91,7 +91,7 @@ class Cuda(ABC):
     def prepare(
         self,
         params: DeviceBuffer,
-        grads: DeviceBuffer,
+        grads: DeviceBuffer,  # noqa: ARG002
         states: Sequence[DeviceBuffer],
         direction: rules.Maximize | None,
         decay: rules.L2Decay | rules.DecoupledDecay | None,
@@ -115,17 +115,20 @@ class Cuda(ABC):
         coefficients: tuple[Any, ...],
         clock: Clock | None,
     ) -> None:
-        size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream
+        size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream or 0
+        theirs = stream if grads.stream is None else grads.stream
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
         head, packs = grids.packs(pointers, itemsize, size)
         blocks = grids.blocks(size, packs, itemsize, self.resident_threads(device))
-        if apart := not _same(grads.stream, stream):
-            self.order(grads.stream, stream, device)
+        if apart := not _same(theirs, stream):
+            self.order(theirs, stream, device)
         if clock is not None:
             clock.tick(stream)
-        self.launch(kernel, blocks, grids.BLOCK, (*pointers, size, head, packs, *coefficients), device, stream)
+        self.launch(
+            kernel, blocks, grids.BLOCK, (*pointers, size, head, packs, *coefficients), device, stream
+        )
         if apart:
-            self.order(stream, grads.stream, device)
+            self.order(stream, theirs, device)
 
     # --- What each library does in its way ------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ CuPy compiles once for each kind of kernel and architecture, and keeps the resul
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import cupy
@@ -38,13 +38,13 @@ def _stream(handle: int, device: int) -> Any:
     return cupy.cuda.ExternalStream(handle, device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resident_threads(device: int) -> int:
     attributes = cupy.cuda.Device(device).attributes
     return int(attributes["MultiProcessorCount"] * attributes["MaxThreadsPerMultiProcessor"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(entry: str, types: KernelTypes, device: int) -> Kernel:
     with cupy.cuda.Device(device):
         module = cupy.RawModule(code=cuda_source.source(types), options=cuda_source.OPTIONS)

@@ -19,7 +19,7 @@ from .cuda import KernelTypes
 from .grids import PACK
 from .storage import load, store
 
-# --- Lanes: tuples of one element each, (param, grad, *state) in and (param, *state) out ---------------------
+# --- Lanes: tuples of one element each, (param, grad, *state) in and (param, *state) out --------------------
 
 
 def update_lane(lane: Any, direction: Any, decay: Any, rule: Any) -> Any:
@@ -60,7 +60,7 @@ def _pick(values: Any, places: Any) -> Any:
     return lambda values, places: (values[places[0]], *pick(values, places[1:]))
 
 
-# --- Packs: 16-byte accesses, which Numba does not make by itself --------------------------------------------
+# --- Packs: 16-byte accesses, which Numba does not make by itself -------------------------------------------
 
 if hasattr(cuda, "extending"):
     from numba.cuda.extending import intrinsic
@@ -115,7 +115,7 @@ if hasattr(cuda, "extending"):
         return types.void(pointers, i, lanes), generate
 
 
-# --- Kernels -------------------------------------------------------------------------------------------------
+# --- Kernels ------------------------------------------------------------------------------------------------
 
 
 def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
@@ -171,9 +171,9 @@ def tick(
     """Count one more step, and form the coefficients that change with it; one thread."""
     now = step[0] + 1
     step[0] = now
-    correction1 = corrections1[(now if now < count1 else count1) - 1]
+    correction1 = corrections1[min(now, count1) - 1]
     coefficients[step_size_at] = rules.step_size(lr[0], correction1)
-    coefficients[inverse_at] = inverse_corrections2[(now if now < count2 else count2) - 1]
+    coefficients[inverse_at] = inverse_corrections2[min(now, count2) - 1]
     coefficients[decay_at] = rules.lr_times_weight_decay(lr[0], weight_decay)
 
 

@@ -1,7 +1,7 @@
-"""The Numba-CUDA backend: kernels in Python (:mod:`fastadam.kernels.cuda_loop`), compiled by Numba at run time.
+"""The Numba-CUDA backend: kernels in Python (:mod:`fastadam.kernels.cuda_loop`), compiled at run time.
 
-Numba compiles to link-time code, and NVIDIA's linker makes the machine code: it is the one that can be told not
-to fuse multiply-adds, which Numba's own launches cannot. The CUDA driver launches.
+Numba compiles to link-time code, and NVIDIA's linker makes the machine code: it is the one that can be told
+not to fuse multiply-adds, which Numba's own launches cannot. The CUDA driver launches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -100,7 +100,7 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(entry: str, kinds: KernelTypes, device: int) -> Kernel:
     with cuda.gpus[device]:
         capability = tuple(cuda.gpus[device].compute_capability[:2])
@@ -112,7 +112,7 @@ def _kernel(entry: str, kinds: KernelTypes, device: int) -> Kernel:
         return _check(driver.cuModuleGetFunction(module, symbol(cubin)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resident_threads(device: int) -> int:
     gpu = cuda.gpus[device]
     return int(gpu.MULTIPROCESSOR_COUNT * gpu.MAX_THREADS_PER_MULTI_PROCESSOR)
@@ -154,7 +154,7 @@ class NumbaCuda(Cuda):
             _check(driver.cuMemsetD8Async(self.address(array), 0, nbytes, stream))
         return array
 
-    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:
+    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:  # noqa: ARG002
         with cuda.gpus[device]:
             return cuda.to_device(array)  # has come when it returns
 

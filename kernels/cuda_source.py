@@ -1,8 +1,8 @@
 """The CUDA C++ source of a step: ``kernels/step.cu``, the rule translated, and the entries of the kernels.
 
-``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where ``tick`` formed
-them from the step counter and the learning rate there: a captured CUDA graph replays both. ``set_lr`` changes
-that learning rate, in stream order.
+``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where ``tick``
+formed them from the step counter and the learning rate there: a captured CUDA graph replays both. ``set_lr``
+changes that learning rate, in stream order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ OPTIONS = ("--std=c++20",)
 """For NVRTC, which knows C++20 from CUDA 12 on."""
 
 _TYPES = {
-    "float32": 'using Scalar = float;\n#define SUFFIX "f32"\n#define LETTER "f"\n#define ROUND "cvt.rn.f32.f64"\n',
+    "float32": (
+        'using Scalar = float;\n#define SUFFIX "f32"\n#define LETTER "f"\n#define ROUND "cvt.rn.f32.f64"\n'
+    ),
     "float64": 'using Scalar = double;\n#define SUFFIX "f64"\n#define LETTER "d"\n#define ROUND "mov.f64"\n',
 }
 
@@ -26,9 +28,11 @@ _TYPES = {
 @cache
 def source(types: KernelTypes) -> str:
     """Return the source of the kernels for some types: of float32 or float64, and of 1 to 3 states."""
-    dtype, n_states, direction, decay, rule = types
+    dtype, _, direction, decay, rule = types
     transforms = {kind: rules.TRANSFORMS[kind] for kind in (direction, decay)}
-    equation = translate(rules.update, {rules.transform: transforms, rules.advance: {rule: rules.RULES[rule]}})
+    equation = translate(
+        rules.update, {rules.transform: transforms, rules.advance: {rule: rules.RULES[rule]}}
+    )
     schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
     loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
     entries = _entries(types)

@@ -2,8 +2,8 @@
 
 A rule is straight-line code: assignments of expressions, then one return. Each Python function becomes a C++
 function of the same name and parameters, each NamedTuple of coefficients a struct. C++ names are assigned
-once: the second value of ``exp_avg`` is ``exp_avg_2``. Tuples stay tuples and numbers are of the type ``Real``,
-whose arithmetic no compiler flag changes: ``kernels/step.cu`` defines both.
+once: the second value of ``exp_avg`` is ``exp_avg_2``. Tuples stay tuples and numbers are of the type
+``Real``, whose arithmetic no compiler flag changes: ``kernels/step.cu`` defines both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -30,7 +30,9 @@ _OPERATORS: dict[type[ast.AST], str] = {
     ast.NotEq: "!=",
 }
 
-_ALLOWED = "assignments, one return, + - * /, comparisons, conditional expressions, tuples, sqrt and calls of rules"
+_ALLOWED = (
+    "assignments, one return, + - * /, comparisons, conditional expressions, tuples, sqrt and calls of rules"
+)
 
 
 def translate(function: Function, choices: Mapping[Function, Mapping[type, Function]]) -> str:
@@ -81,9 +83,7 @@ class _Translation:
         names = list(inspect.signature(function).parameters)
         parameters = ", ".join([*(f"auto {name}" for name in names[:-1]), f"{struct} {names[-1]}"])
         arguments = ", ".join(names)
-        return (
-            f"DEVICE auto {function.__name__}({parameters}) {{ return {selected.__name__}({arguments}); }}"
-        )
+        return f"DEVICE auto {function.__name__}({parameters}) {{ return {selected.__name__}({arguments}); }}"
 
 
 class _Body:
@@ -98,7 +98,7 @@ class _Body:
     def translate(self) -> str:
         tree = ast.parse(textwrap.dedent(inspect.getsource(self._function))).body[0]
         if not isinstance(tree, ast.FunctionDef):
-            self._refuse(tree)
+            raise self._refused(tree)
         parameters = ", ".join(f"auto {self._assign(argument.arg)}" for argument in tree.args.args)
         body = tree.body[1:] if ast.get_docstring(tree) else tree.body
         lines = [f"    {self._statement(statement)};" for statement in body]
@@ -117,7 +117,7 @@ class _Body:
                 code = self._expression(value)
                 names = ", ".join(self._assign(element.id) for element in elements)  # type: ignore[attr-defined]
                 return f"auto [{names}] = {code}"
-        self._refuse(node)
+        raise self._refused(node)
 
     def _expression(self, node: ast.expr) -> str:
         match node:
@@ -139,7 +139,7 @@ class _Body:
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
                 values = ", ".join(self._expression(argument) for argument in arguments)
                 return f"{self._called(name, node)}({values})"
-        self._refuse(node)
+        raise self._refused(node)
 
     def _called(self, name: str, node: ast.expr) -> str:
         function = inspect.getclosurevars(self._function)
@@ -147,7 +147,7 @@ class _Body:
         if target is math.sqrt:
             return "sqrt"
         if not inspect.isfunction(target):
-            self._refuse(node)
+            raise self._refused(node)
         self._translation.define(target)
         return target.__name__
 
@@ -160,5 +160,7 @@ class _Body:
         self._names[name] = unique
         return unique
 
-    def _refuse(self, node: ast.AST) -> NoReturn:
-        raise TypeError(f"{self._function.__qualname__} must use only {_ALLOWED}; got {ast.unparse(node)!r}.")
+    def _refused(self, node: ast.AST) -> TypeError:
+        return TypeError(
+            f"{self._function.__qualname__} must use only {_ALLOWED}; got {ast.unparse(node)!r}."
+        )

@@ -1,8 +1,8 @@
 """A stand-in for CuPy on machines without a GPU: the CUDA C++ kernels run as host code.
 
 It has what :mod:`fastadam.kernels.cuda_cupy` uses of CuPy. Memory of a "device" is host memory, ``RawModule``
-compiles the very source with the host's C++ compiler, and a launch calls the kernel once for each thread of its
-grid. Streams run at once and keep a log; a stream in capture records instead, and its graph replays.
+compiles the very source with the host's C++ compiler, and a launch calls the kernel once for each thread of
+its grid. Streams run at once and keep a log; a stream in capture records instead, and its graph replays.
 
 What it cannot show: that CUDA's compilers, the driver and real CuPy do what they say.
 """
@@ -35,11 +35,17 @@ def compile_for_the_host(source: str, folder: Path) -> ctypes.CDLL:
     if not library.exists():
         code = library.with_suffix(".cpp")
         code.write_text(_PRELUDE + source)
-        command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+        command = [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-Wall",
+            "-Wextra",
+        ]
         quiet = ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-        subprocess.run(
-            [*command, *quiet, "-Werror", "-fPIC", "-shared", "-o", library, code], check=True
-        )
+        subprocess.run([*command, *quiet, "-Werror", "-fPIC", "-shared", "-o", library, code], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -53,7 +59,7 @@ class Graph:
     def __init__(self):
         self.calls = []
 
-    def launch(self, stream=None):
+    def launch(self, _=None):
         for call in self.calls:
             call()
 
@@ -126,7 +132,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         stack = current.streams.get(current.device if device < 0 else device)
         return stack[-1] if stack else Stream.null
 
-    class ndarray:
+    class ndarray:  # noqa: N801
         def __init__(self, host, device):
             self.host, self.device_id = host, device
             self.size, self.dtype, self.shape, self.nbytes = host.size, host.dtype, host.shape, host.nbytes

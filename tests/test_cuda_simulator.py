@@ -199,7 +199,9 @@ def test_bits_of_the_rule(simulated, flags, dtype):
     results = simulated["eager", flags_id(flags), dtype]
     layouts_seen = {before["layout"] for before, _ in results}
     assert {(0, 0, 0), (40, 0, 0)} < layouts_seen
-    assert {head for _, head, packs in layouts_seen if packs > 1} == set(range(16 // np.dtype(dtype).itemsize))
+    assert {head for _, head, packs in layouts_seen if packs > 1} == set(
+        range(16 // np.dtype(dtype).itemsize)
+    )
     expected = {}
     for before, after in results:
         size = before["params"].size

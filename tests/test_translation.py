@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 def every_expression(x, y, c):
     """Not code."""
     x, y = y, x
-    larger = x if x >= y else y
+    larger = x if x >= y else y  # noqa: FURB136
     x = -larger * c.a + c.b / (x - y)
     return sqrt(x), (y, larger)
 
