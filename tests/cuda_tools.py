@@ -84,18 +84,23 @@ def nvrtc_kernels(
     source: str, capability: tuple[int, int] = (9, 0), options: tuple[str, ...] = ()
 ) -> dict[str, Kernel]:
     """Compile CUDA C++; whatever the compiler has to say is an error."""
+    ptx, cubin = _nvrtc_outputs(source, capability, options, "PTX", "CUBIN")
+    return _kernels(ptx.decode().rstrip("\0"), cubin)
+
+
+def _nvrtc_outputs(
+    source: str, capability: tuple[int, int], options: tuple[str, ...], *kinds: str
+) -> list[bytes]:
     options = (f"-arch=sm_{capability[0]}{capability[1]}", *options)
     program = _nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode()
+        log = _text(program, "ProgramLog").decode()
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS or log.strip(" \n\0"):
             raise RuntimeError(f"NVRTC says: {error}\n{log}")
-        ptx = _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).decode().rstrip("\0")
-        cubin = _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        return [_text(program, kind) for kind in kinds]
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return _kernels(ptx, cubin)
 
 
 def _nvrtc(result):
@@ -105,9 +110,9 @@ def _nvrtc(result):
     return values[0] if values else None
 
 
-def _text(program, get_size, get) -> bytes:
-    text = bytearray(_nvrtc(get_size(program)))
-    _nvrtc(get(program, text))
+def _text(program, kind: str) -> bytes:
+    text = bytearray(_nvrtc(getattr(nvrtc, f"nvrtcGet{kind}Size")(program)))
+    _nvrtc(getattr(nvrtc, f"nvrtcGet{kind}")(program, text))
     return bytes(text)
 
 
@@ -119,23 +124,30 @@ def numba_kernel(entry: str, types: KernelTypes, capability: tuple[int, int] = (
         ptx, cubin = (
             cuda_numba.compile_kernel(entry, types, capability, *options) for options in (["-ptx"], [])
         )
-    (kernel,) = _kernels(ptx.decode().rstrip("\0"), cubin).values()
-    return kernel
+    (found,) = _kernels(ptx.decode().rstrip("\0"), cubin).values()
+    return found
 
 
 @cache
-def linked(ptx: str, capability: tuple[int, int]) -> dict[str, Kernel]:
-    """Compile PTX with the linker that the Numba backend uses."""
-    options = [f"-arch=sm_{capability[0]}{capability[1]}"]
+def linked_kernels(source: str, capability: tuple[int, int]) -> dict[str, Kernel]:
+    """Compile CUDA C++ as the Numba backend compiles: to link-time code, then by its linker and options."""
+    (code,) = _nvrtc_outputs(source, capability, ("-dlto",), "LTOIR")
+    ptx, cubin = (_link(code, capability, *options) for options in (["-ptx"], []))
+    return _kernels(ptx.decode().rstrip("\0"), cubin)
+
+
+def _link(code: bytes, capability: tuple[int, int], *options: str) -> bytes:
+    options = (*cuda_numba._LINK_OPTIONS, f"-arch=sm_{capability[0]}{capability[1]}", *options)
     linker = nvjitlink.create(len(options), options)
     try:
-        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, ptx.encode(), len(ptx), "kernels")
+        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), "kernels")
         nvjitlink.complete(linker)
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
-        nvjitlink.get_linked_cubin(linker, cubin)
+        kind = "ptx" if "-ptx" in options else "cubin"
+        linked = bytearray(getattr(nvjitlink, f"get_linked_{kind}_size")(linker))
+        getattr(nvjitlink, f"get_linked_{kind}")(linker, linked)
     finally:
         nvjitlink.destroy(linker)
-    return _kernels(ptx, bytes(cubin))
+    return bytes(linked)
 
 
 def kernel(backend: str, entry: str, types: KernelTypes, capability: tuple[int, int] = (9, 0)) -> Kernel:
@@ -210,22 +222,20 @@ class Memory:
         self._arrays.append((address, address + array.nbytes, array))
         return address
 
-    def _find(self, address: int, count: int, dtype: type) -> tuple[np.ndarray, int]:
+    def _find(self, address: int, count: int, dtype: type) -> np.ndarray:
         width = count * np.dtype(dtype).itemsize
         assert address % width == 0, "misaligned address"
         for first, end, array in self._arrays:
             if first <= address and address + width <= end:
-                return array.view(dtype), (address - first) // array.itemsize
+                return array.view(np.uint8)[address - first :][:width].view(dtype)
         raise AssertionError("an illegal memory access was encountered")
 
     def load(self, address: int, count: int, dtype: type) -> list:
-        array, i = self._find(address, count, dtype)
-        return list(array[i : i + count])
+        return list(self._find(address, count, dtype))
 
     def store(self, address: int, dtype: type, *values) -> None:
-        array, i = self._find(address, len(values), dtype)
         assert dtype is np.int64 or all(type(value) is dtype for value in values)
-        array[i : i + len(values)] = values
+        self._find(address, len(values), dtype)[:] = values
 
 
 def _signed(value: int, bits: int) -> int:
@@ -249,7 +259,10 @@ class Ptx:
     """
 
     def __init__(self, ptx: str) -> None:
-        lines, block = ["def run(arguments, memory, special):", " block = 0", " while True:", "  if block <= 0:"], 0
+        lines, block = (
+            ["def run(arguments, memory, special):", " block = 0", " while True:", "  if block <= 0:"],
+            0,
+        )
         code = instructions(ptx)
         labels = {label: n for n, (label, _) in enumerate((i for i in code if i[0].startswith("$")), start=1)}
         for op, operands in code:
@@ -316,7 +329,9 @@ class Ptx:
             if name == "ld":
                 suffix = " & " + str(_MASKS[64]) if kind == "u64" else ""
                 right = f"int(memory.load({address}, 1, {dtype})[0]){suffix}"
-                return f"{names} = {right}" if suffix else f"{names}, = memory.load({address}, {count}, {dtype})"
+                return (
+                    f"{names} = {right}" if suffix else f"{names}, = memory.load({address}, {count}, {dtype})"
+                )
             return f"memory.store({address}, {dtype}, {f'_signed({names}, 64)' if kind == 'u64' else names})"
         result, *rest = operands
         return f"{value(result)} = {self._right(op, name, how, kind, [value(operand) for operand in rest])}"
