@@ -204,9 +204,8 @@ def instructions(ptx: str) -> list[tuple[str, str]]:
 # --- Running -------------------------------------------------------------------------------------------------
 
 _MASKS = {32: 0xFFFF_FFFF, 64: 0xFFFF_FFFF_FFFF_FFFF}
-_NUMBERS = {"f32": "np.float32", "f64": "np.float64", "u64": "np.int64", "b32": "4", "b64": "8"}
-_COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
-_UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<", "neu": "=="}  # true of NaN: what is not these
+_NUMBERS = {"f32": np.float32, "f64": np.float64, "u64": np.int64}
+_COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "neu": "!="}
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "shl": "<<"}
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
@@ -223,24 +222,20 @@ class Memory:
         self._arrays.append((address, address + array.nbytes, array))
         return address
 
-    def _find(self, address: int, count: int, dtype: type | int) -> np.ndarray:
+    def _find(self, address: int, count: int, dtype: type) -> np.ndarray:
+        width = count * np.dtype(dtype).itemsize
+        assert address % width == 0, "misaligned address"
         for first, end, array in self._arrays:
-            kind = np.dtype(array.dtype if isinstance(dtype, int) else dtype)
-            assert kind.itemsize == dtype or kind == dtype, "bits of another size"
-            width = count * kind.itemsize
-            assert address % width == 0, "misaligned address"
             if first <= address and address + width <= end:
-                return array.view(np.uint8)[address - first :][:width].view(kind)
+                return array.view(np.uint8)[address - first :][:width].view(dtype)
         raise AssertionError("an illegal memory access was encountered")
 
-    def load(self, address: int, count: int, dtype: type | int) -> list:
-        """Read numbers, of a type or, where an instruction says only their bytes, of the array's."""
+    def load(self, address: int, count: int, dtype: type) -> list:
         return list(self._find(address, count, dtype))
 
-    def store(self, address: int, dtype: type | int, *values) -> None:
-        place = self._find(address, len(values), dtype)
-        assert place.dtype == np.int64 or all(type(value) is place.dtype.type for value in values)
-        place[:] = values
+    def store(self, address: int, dtype: type, *values) -> None:
+        assert dtype is np.int64 or all(type(value) is dtype for value in values)
+        self._find(address, len(values), dtype)[:] = values
 
 
 def _signed(value: int, bits: int) -> int:
@@ -279,7 +274,7 @@ class Ptx:
             condition = guard.replace("@!", "not ").replace("@", "").replace("%", "")
             body = self._statement(rest.strip(), _OPERAND.findall(operands), labels)
             lines.append(f"   if {condition}: {body}" if condition else f"   {body}")
-        scope = {"_signed": _signed, "_f32": _f32, "_f64": _f64, "np": np}
+        scope = {"_signed": _signed, "_f32": _f32, "_f64": _f64, "np": np, **_NUMBERS}
         exec("\n".join(lines), scope)
         self._thread = scope["run"]
 
@@ -330,7 +325,7 @@ class Ptx:
             base, _, offset = place.strip("[]").partition("+")
             address = f"({value(base)} + {int(offset or 0)}) & {_MASKS[64]}"
             count = int(how[1][1:]) if how[1].startswith("v") else 1
-            dtype = _NUMBERS[kind]
+            dtype = f"np.{_NUMBERS[kind].__name__}"
             if name == "ld":
                 suffix = " & " + str(_MASKS[64]) if kind == "u64" else ""
                 right = f"int(memory.load({address}, 1, {dtype})[0]){suffix}"
@@ -353,15 +348,10 @@ class Ptx:
             return f"np.float32({v[0]})"
         if name == "selp":
             return f"{v[0]} if {v[2]} else {v[1]}"
-        if name == "setp" and len(how) == 2:
+        if name == "setp" and how[0] in _COMPARISONS and len(how) == 2:
             if kind.startswith("s"):
                 v = [f"_signed({operand}, {bits})" for operand in v]
-            if how[0] in _COMPARISONS:
-                return f"bool({v[0]} {_COMPARISONS[how[0]]} {v[1]})"
-            if how[0] in _UNORDERED and kind.startswith("f"):
-                return f"not {v[0]} {_UNORDERED[how[0]]} {v[1]}"
-            if how[0] == "ne" and not kind.startswith("f"):
-                return f"{v[0]} != {v[1]}"
+            return f"bool({v[0]} {_COMPARISONS[how[0]]} {v[1]})"
         if kind in {"f32", "f64"}:
             if how == ["rn", kind] and name in {"add", "sub", "mul", "div"}:
                 return f"{v[0]} {_BINARY[name]} {v[1]}"
@@ -373,10 +363,8 @@ class Ptx:
                 return f"{v[0]} * {v[1]}"
         if name in {"min", "max"} and kind == "s64":
             return f"{name}({v[0]}, {v[1]}, key=lambda x: _signed(x, 64))"
-        if op in {"not.b64", "neg.s64"}:
-            return f"{'~' if name == 'not' else '-'}{v[0]} & {mask}"
-        if op == "mad.lo.s64":
-            return f"({v[0]} * {v[1]} + {v[2]}) & {mask}"
+        if op == "not.b64":
+            return f"~{v[0]} & {mask}"
         if op in {"div.u32", "div.u64"}:
             return f"{v[0]} // {v[1]}"
         if op in {"mul.wide.u32", "mul.wide.s32"}:

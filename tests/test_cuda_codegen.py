@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cache
 
 import numpy as np
 import pytest
@@ -76,15 +75,11 @@ def foreign(ops, suffix):
     return {op for op in ops if floats.search(op) and op not in arithmetic and not moves.fullmatch(op)}
 
 
-def accesses(ops, suffix, vector=""):
-    """Count the loads and stores of global memory; newer PTX says only how wide a number is."""
-    kinds = f"{vector}.{suffix}", f"{vector}.b{suffix[1:]}"
-    return [sum(ops[f"{op}.global{kind}"] for kind in kinds) for op in ("ld", "st")]
-
-
 def packs(ops, suffix, n_states):
     """Copies of the loop over packs: each loads all buffers once and stores all but the gradients."""
-    loads, stores = accesses(ops, suffix, {"f32": ".v4", "f64": ".v2"}[suffix])
+    vector = {"f32": "v4.f32", "f64": "v2.f64"}[suffix]
+    kinds = (vector, vector.replace("f", "b"))  # newer compilers do not tell floats from bits here
+    loads, stores = (sum(ops[f"{access}.global.{kind}"] for kind in kinds) for access in ("ld", "st"))
     copies, rest = divmod(loads, n_states + 2)
     assert copies > 0, "no packs"
     assert (rest, stores) == (0, copies * (n_states + 1))
@@ -98,13 +93,17 @@ def test_ptx_of_a_step(backend, dtype, capability, entry, flags):
     types, suffix = types_of(dtype, flags), SUFFIX[dtype]
     ops = kernel(backend, entry, types, capability).ops
     assert foreign(ops, suffix) == set()
-    in_packs = packs(ops, suffix, types.n_states) * {"f32": 4, "f64": 2}[suffix]
-    loads, stores = accesses(ops, suffix)
-    one_by_one, rest = divmod(stores, types.n_states + 1)
-    assert one_by_one > rest == 0
+    lanes = {"f32": 4, "f64": 2}[suffix]
+    copies = packs(ops, suffix, types.n_states)
+    bits = suffix.replace("f", "b")  # newer compilers do not tell floats from bits here
+    loads, stores = (
+        ops[f"{access}.global.{suffix}"] + ops[f"{access}.global.{bits}"] for access in ("ld", "st")
+    )
+    elements = copies * lanes + loads // (types.n_states + 2)  # of packs, and one by one
+    assert ops[f"sqrt.rn.{suffix}"] > 0
     if entry == "step":  # a captured step loads its coefficients, too
-        assert loads == one_by_one * (types.n_states + 2)
-    assert ops[f"sqrt.rn.{suffix}"] == ops[f"div.rn.{suffix}"] == in_packs + one_by_one
+        assert ops[f"sqrt.rn.{suffix}"] == ops[f"div.rn.{suffix}"] == elements
+    assert stores == (ops[f"sqrt.rn.{suffix}"] - copies * lanes) * (types.n_states + 1)
 
 
 @each_backend
@@ -307,11 +306,13 @@ def test_a_warning_is_an_error():
 class Emulated(Cuda):
     """A backend of which the kernels are the PTX of another, and the device is host memory."""
 
-    def __init__(self, backend: str, capability: tuple[int, int]) -> None:
-        self.name, self.capability, self.memory = backend, capability, Memory()
+    def __init__(self, backend: str) -> None:
+        self.name, self.memory, self._programs = backend, Memory(), {}
 
     def kernel(self, entry, types, device):
-        return program(self.name, entry, types, self.capability)
+        if (entry, types) not in self._programs:
+            self._programs[entry, types] = program(self.name, entry, types)
+        return self._programs[entry, types]
 
     def launch(self, kernel, blocks, threads, args, device, stream):
         kernel.launch(blocks, threads, args, self.memory)
@@ -342,9 +343,11 @@ class Emulated(Cuda):
 Emulated.__abstractmethods__ = frozenset()  # the rest is never called
 
 
-@cache
-def program(backend, entry, types, capability=SM_90):
-    return Ptx(kernel(backend, entry, types, capability).ptx)
+def program(backend, entry, types, _programs={}):  # noqa: B006
+    key = backend, entry, types
+    if key not in _programs:
+        _programs[key] = Ptx(kernel(backend, entry, types).ptx)
+    return _programs[key]
 
 
 def problem(rng, dtype, size, steps):
@@ -359,9 +362,10 @@ def problem(rng, dtype, size, steps):
     return values[0], values[1:]
 
 
-def run(emulated, flags, params, gradients, lrs, offsets, *, captured):
+def run(backend, flags, params, gradients, lrs, offsets, *, captured):
     """Take a step with each of ``lrs``; return (params, states)."""
     h, dtype = Hyperparameters(**flags), params.dtype
+    emulated = Emulated(backend)
     buffers = [
         emulated.buffer(values, offset)
         for values, offset in zip(
@@ -395,15 +399,11 @@ PLACES = [(0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (3, 3, 3, 3, 3), (0, 1, 0, 0, 0)]
 """Of the buffers, in elements from a 16-byte boundary: together, so that packs are taken, and not."""
 
 
-@pytest.mark.parametrize(
-    ("capability", "captured"),
-    [(SM_90, False), (SM_90, True), ((10, 0), False)],  # before and from sm_100 on, by another compiler
-    ids=["sm_90-eager", "sm_90-captured", "sm_100-eager"],
-)
-@pytest.mark.parametrize("flags", COMBINATIONS[1:], ids=flags_id)
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flags_id)
 @each_dtype
 @each_backend
-def test_ptx_has_the_bits_of_the_rule(rng, monkeypatch, backend, dtype, flags, capability, captured):
+def test_ptx_has_the_bits_of_the_rule(rng, monkeypatch, backend, dtype, flags, captured):
     monkeypatch.setattr(grids, "BLOCK", 4)
     h = Hyperparameters(**flags)
     sizes = [0, 1, 2, 3, 4, 5, 7, 8, 13, 61]
@@ -413,23 +413,21 @@ def test_ptx_has_the_bits_of_the_rule(rng, monkeypatch, backend, dtype, flags, c
         for step, (lr, grads) in enumerate(zip(LRS, gradients, strict=True), start=1):
             expected = interpret(h.changed(lr=lr), expected[0], grads, expected[1], step)
         for offsets in PLACES if size > 8 else [PLACES[number % len(PLACES)]]:
-            emulated = Emulated(backend, capability)
-            result = run(emulated, flags, params, gradients, LRS, offsets, captured=captured)
+            result = run(backend, flags, params, gradients, LRS, offsets, captured=captured)
             assert_same_bits(result[0], expected[0], f"params, {size=}, {offsets=}")
             for actual, state in zip(result[1], expected[1], strict=True):
                 assert_same_bits(actual, state, f"state, {size=}, {offsets=}")
 
 
-@pytest.mark.parametrize("capability", [SM_90, (10, 0)], ids=name)
 @each_dtype
 @each_backend
-def test_addresses_are_of_64_bits(rng, backend, dtype, capability):
+def test_addresses_are_of_64_bits(rng, backend, dtype):
     """Threads of the largest grid, alone, at elements beyond 2**31, 2**32 and 2**40 of buffers at odd places."""
     flags = FLAGS[-1]
     types = types_of(dtype, flags)
     c = Coefficients(Hyperparameters(**flags), np.dtype(dtype))
     coefficients = (*c.decay, *c.rule(1))
-    step = program(backend, "step", types, capability)
+    step = program(backend, "step", types)
     itemsize = np.dtype(dtype).itemsize
     lanes, blocks, threads = 16 // itemsize, 2**31 - 1, 1024
     everyone = blocks * threads
