@@ -82,5 +82,5 @@ def _status(name: str) -> str:
         if name != "cpu" and backend.device_count() == 0:
             return "no CUDA device"
     except Exception as error:  # whatever a broken installation raises
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(" :")
     return "ready"

@@ -203,7 +203,7 @@ class Coefficients:
         self._lr, self._betas = h.lr, h.betas
         self._averaging = (rounded(beta1), rounded(1 - beta1), rounded(beta2), rounded(1 - beta2))
         self._eps = rounded(h.eps)
-        self._block = -1
+        self._block: int | None = None
 
     def rule(self, step: int) -> rules.Adam:
         """Return the rule's coefficients for step number ``step``, counted from 1."""

@@ -189,15 +189,15 @@ class FusedAdam:
                 )
             take = kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
 
-        # Nothing fails from here on, but for a launch that CUDA refuses. What a signal handler raises
-        # (Ctrl-C) comes when the step is taken to its end, so it is counted before.
+        # A step on the CPU runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is
+        # counted before. One on a GPU is queued in a moment, or refused by CUDA, so it is counted after.
+        on_device = state._kernels is not None
+        if on_device:
+            take()
         state.advance()
         self._state, self._kernels = state, kernels
-        try:
+        if not on_device:
             take()
-        except Exception:
-            state.advance(-1)
-            raise
         if self._capturable:
             library = "" if stream is not None else device_buffers.library(flat_params)
             self._stream = (library, like.device, like.stream or 0)

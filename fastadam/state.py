@@ -165,9 +165,9 @@ class State:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._names, self.to_dict())
 
-    def advance(self, steps: int = 1) -> None:
-        """Count more steps; a clock on the device counts by itself."""
-        self._step += steps
+    def advance(self) -> None:
+        """Count one more step; a clock on the device counts by itself."""
+        self._step += 1
 
     @property
     def step(self) -> int:

@@ -283,7 +283,7 @@ def test_the_unchanged_coefficients_are_right():
 def test_there_are_mutants_of_every_coefficient():
     changes = "\n".join(change for _, change in MUTANTS_OF_COEFFICIENTS)
     assert len(MUTANTS_OF_COEFFICIENTS) > 50
-    for formed in ("1 - beta1", "1 - beta2", "1 - self._beta1 ** step", "1 - self._beta2 ** step"):
+    for formed in ("1 - beta1", "1 - beta2"):
         assert f"{formed}: keep the left side only" in changes
 
 
