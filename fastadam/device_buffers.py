@@ -67,16 +67,20 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
         )
 
     device = _device(buffer, pointer)
-    stream = current_stream(library(buffer), device)
+    made_by = library(buffer)
+    stream = current_stream(made_by, device)
     if stream is None:
-        stream = interface.get("stream")  # None: nobody works on it, or the exporter does not tell
+        bound = interface.get("stream")  # None: nobody works on it, or the exporter does not tell
+        default = 0 if made_by == "numba" else None  # what Numba's kernels run on
+        stream = default if bound is None else int(bound)
     size = int(np.prod(shape, dtype=np.int64))
     return DeviceBuffer(pointer, size, dtype, device, stream, buffer)
 
 
 def library(buffer: object) -> str:
-    """Return the name of the library that made an array."""
-    return type(buffer).__module__.partition(".")[0]
+    """Return the name of the library that made an array, or the base class of its class."""
+    names = [kind.__module__.partition(".")[0] for kind in type(buffer).__mro__]
+    return next((name for name in names if name in {"torch", "cupy"}), names[0])
 
 
 def current_stream(library: str, device: int) -> int | None:

@@ -194,8 +194,8 @@ class FusedAdam:
         on_device = state._kernels is not None
         if on_device:
             take()
-        state.advance()
         self._state, self._kernels = state, kernels
+        state.advance()
         if not on_device:
             take()
         if self._capturable:

@@ -84,7 +84,7 @@ def plan(
         partial(serial, params[a:b], grads[a:b], tuple(s[a:b] for s in states), direction, decay, rule)
         for a, b in threads.pieces(size, threads.count())
     ]
-    return calls[0] if len(calls) == 1 else partial(threads.run_in_pool, calls)
+    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
 
 
 def prepare(

@@ -5,6 +5,8 @@ CuPy compiles once for each kind of kernel and architecture, and keeps the resul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
@@ -38,6 +40,21 @@ def _stream(handle: int, device: int) -> Any:
     return cupy.cuda.ExternalStream(handle, device)
 
 
+@contextmanager
+def _on(device: int, handle: int) -> Iterator[None]:
+    """Make a device and a stream current, and restore both, a stream that was set by ``use()`` too."""
+    with cupy.cuda.Device(device):
+        before = cupy.cuda.get_current_stream()
+        if before.ptr == handle or (before.ptr in LEGACY_STREAM and handle in LEGACY_STREAM):
+            yield
+            return
+        _stream(handle, device).use()
+        try:
+            yield
+        finally:
+            before.use()
+
+
 @cache
 def _resident_threads(device: int) -> int:
     attributes = cupy.cuda.Device(device).attributes
@@ -62,7 +79,7 @@ class CuPy(Cuda):
     def launch(
         self, kernel: Kernel, blocks: int, threads: int, args: tuple[Any, ...], device: int, stream: int
     ) -> None:
-        with cupy.cuda.Device(device), _stream(stream, device):
+        with _on(device, stream):
             kernel((blocks,), (threads,), args)
 
     def order(self, first: int, then: int, device: int) -> None:
@@ -73,14 +90,17 @@ class CuPy(Cuda):
 
     def is_capturing(self, stream: int, device: int) -> bool:
         # The legacy stream cannot be captured, and asking for it fails while another stream is.
-        return stream not in LEGACY_STREAM and bool(_stream(stream, device).is_capturing())
+        if stream in LEGACY_STREAM:
+            return False
+        with cupy.cuda.Device(device):
+            return bool(_stream(stream, device).is_capturing())
 
     def zeros(self, nbytes: int, device: int, stream: int) -> Array:
-        with cupy.cuda.Device(device), _stream(stream, device):
+        with _on(device, stream):
             return cupy.zeros(nbytes, np.uint8)
 
     def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:
-        with cupy.cuda.Device(device), _stream(stream, device):
+        with _on(device, stream):
             return cupy.asarray(array)
 
     def to_host(self, array: Array, device: int) -> np.ndarray[Any, Any]:

@@ -154,9 +154,12 @@ class NumbaCuda(Cuda):
             _check(driver.cuMemsetD8Async(self.address(array), 0, nbytes, stream))
         return array
 
-    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:  # noqa: ARG002
+    def to_device(self, array: np.ndarray[Any, Any], device: int, stream: int) -> Array:
         with cuda.gpus[device]:
-            return cuda.to_device(array)  # has come when it returns
+            there = cuda.device_array(array.nbytes, np.uint8)
+            _check(driver.cuMemcpyHtoDAsync(self.address(there), array.ctypes.data, array.nbytes, stream))
+            _check(driver.cuStreamSynchronize(stream))  # the host's array may go
+            return there
 
     def to_host(self, array: Array, device: int) -> np.ndarray[Any, Any]:
         with cuda.gpus[device]:

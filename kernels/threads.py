@@ -21,6 +21,7 @@ from __future__ import annotations
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 
 import numba
@@ -126,18 +127,26 @@ def _forget_workers() -> None:
 forks.on_fork(_forget_workers)  # they stayed in the parent
 
 
+def in_pool(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """Return what :func:`run_in_pool` does, prepared: less is left where a signal may strike."""
+    return partial(_run, _Job(calls))
+
+
 def run_in_pool(calls: Sequence[Callable[[], None]]) -> None:
     """Make each call once, in as many threads, and return when all have returned.
 
     The calling thread only waits: an exception that a signal handler raises in it, such as
     ``KeyboardInterrupt``, is passed on when all calls are made. The calls should release the GIL.
     """
-    job = _Job(calls)
+    _run(_Job(calls))
+
+
+def _run(job: _Job) -> None:
     interrupt: BaseException | None = None
     asked = 0
     while not job.is_done:
         try:
-            workers = _have_workers(len(calls))
+            workers = _have_workers(job.wanted)
             if workers == 0:  # not one thread is to be had
                 job.work()
                 break

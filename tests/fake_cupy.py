@@ -92,6 +92,11 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         def __exit__(self, *_):
             current.streams[current.device].pop()
 
+        def use(self):
+            stack = current.streams.setdefault(current.device, [])
+            stack[-1:] = [self]
+            return self
+
         def is_capturing(self):
             assert self.ptr not in (0, 1)
             return captures[self.ptr] is not None

@@ -435,6 +435,15 @@ def test_work_is_queued_on_the_current_stream_of_cupy(cupy):
     assert launches(cupy)[-1][2] == 0
 
 
+def test_a_stream_in_use_stays_in_use(cupy):
+    mine, other = cupy.cuda.Stream(), cupy.cuda.Stream()
+    mine.use()
+    FusedAdam().step(ones(cupy), ones(cupy))
+    FusedAdam().step(ones(cupy), ones(cupy), stream=other)
+    assert [entry[2] for entry in launches(cupy)] == [mine.ptr, other.ptr]
+    assert cupy.cuda.get_current_stream() is mine
+
+
 def test_the_stream_of_a_device_that_is_not_current(cupy):
     with cupy.cuda.Device(1):
         params, grads, stream = ones(cupy), ones(cupy), cupy.cuda.Stream()
