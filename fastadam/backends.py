@@ -16,7 +16,7 @@ _MODULES = {
     "numba-cuda": "fastadam.kernels.cuda_numba",
 }
 _PACKAGES = {"cupy": ("CuPy", "cupy"), "numba-cuda": ("numba-cuda", "numba_cuda")}
-_REMEDY = 'pip install "fastadam[cuda13]" (or "fastadam[cuda12]")'
+REMEDY = 'pip install "fastadam[cuda13]" (or "fastadam[cuda12]")'
 
 
 def require_name(backend: object) -> str | None:
@@ -44,7 +44,7 @@ def is_installed(name: str) -> bool:
 
 def _require_installed(name: str) -> None:
     if not is_installed(name):
-        raise ImportError(f"backend={name!r} needs {_PACKAGES[name][0]}. {_REMEDY}")
+        raise ImportError(f"backend={name!r} needs {_PACKAGES[name][0]}. {REMEDY}")
 
 
 @cache
@@ -66,7 +66,7 @@ def cuda() -> str:
     for name in _PACKAGES:
         if is_installed(name):
             return name
-    raise ImportError(f"A CUDA array needs CuPy or numba-cuda. {_REMEDY}")
+    raise ImportError(f"A CUDA array needs CuPy or numba-cuda. {REMEDY}")
 
 
 def status() -> dict[str, str]:
@@ -76,7 +76,7 @@ def status() -> dict[str, str]:
 
 def _status(name: str) -> str:
     if not is_installed(name):
-        return f"not installed: {_REMEDY}"
+        return f"not installed: {REMEDY}"
     try:
         backend = load(name)
         if name != "cpu" and backend.device_count() == 0:

@@ -6,23 +6,23 @@ here copies, and nothing here writes.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastadam import backends, device_buffers
+from fastadam.device_buffers import FLOATS
 from fastadam.kernels.cuda import DeviceBuffer
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 Buffer: TypeAlias = Array | DeviceBuffer
 
-_FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _DLPACK_CPU = (1, 3, 11)  # kDLCPU, and host memory pinned for CUDA (3) or ROCm (11)
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-def flat(buffer: object, name: str, *, writable: bool) -> Buffer:
+def flat(buffer: object, name: str, *, writable: bool, backend: str | None = None) -> Buffer:
     """View an array as a flat buffer.
 
     Parameters
@@ -34,6 +34,8 @@ def flat(buffer: object, name: str, *, writable: bool) -> Buffer:
         What errors call it.
     writable : bool
         Whether it must be writable.
+    backend : str, optional
+        The backend that was asked for.
 
     Returns
     -------
@@ -49,10 +51,14 @@ def flat(buffer: object, name: str, *, writable: bool) -> Buffer:
     ValueError
         If it is not contiguous, not writable where it must be, or not aligned where a GPU needs it.
     """
-    array = cast("Array", buffer) if type(buffer) is np.ndarray else _adopt(buffer, name, writable=writable)
-    if isinstance(array, DeviceBuffer):
-        return array
-    if array.dtype not in _FLOATS:
+    if type(buffer) is np.ndarray:
+        array = buffer
+    else:
+        adopted = _adopt(buffer, name, writable, backend)
+        if isinstance(adopted, DeviceBuffer):
+            return adopted
+        array = adopted
+    if array.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32 or float64; got {array.dtype}.")
     flags = array.flags
     if not flags.c_contiguous:
@@ -112,7 +118,7 @@ def require_in_cpu_memory(name: str, array: Buffer) -> None:
         raise TypeError(f"{name} must be in CPU memory; got {place(array)}. Pass a CPU copy.")
 
 
-def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
+def _adopt(buffer: object, name: str, writable: bool, backend: str | None) -> Buffer:
     """View what is not exactly an ``ndarray`` as one, or as a buffer in GPU memory."""
     kind = f"{type(buffer).__module__.partition('.')[0]}.{type(buffer).__name__}"
     if isinstance(buffer, np.ma.MaskedArray):
@@ -125,7 +131,7 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
             " Pass a NumPy copy: numpy.array(x)."
         )
     try:
-        interface, on_device = _device_interface(buffer)
+        owner, interface, on_device = _device_interface(buffer)
         array = None if on_device else _share(buffer)
     except ImportError:
         raise
@@ -133,7 +139,9 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
         reason = str(error).partition("\n")[0]
         raise TypeError(f"{name} must share its memory; {kind} refuses: {reason}") from error
     if interface is not None:
-        return device_buffers.flat(buffer, interface, name, writable=writable)
+        return device_buffers.flat(
+            owner, interface, name, writable=writable, backend=None if backend == "cpu" else backend
+        )
     if on_device:
         raise TypeError(
             f"{name} must be in CPU memory or on an NVIDIA GPU; got another device's array ({kind})."
@@ -147,15 +155,21 @@ def _adopt(buffer: object, name: str, *, writable: bool) -> Buffer:
     return array
 
 
-def _device_interface(buffer: Any) -> tuple[dict[str, Any] | None, bool]:
-    """Return the CUDA array interface, if it is in GPU memory, and whether it is in any device's memory."""
+def _device_interface(buffer: Any) -> tuple[Any, dict[str, Any] | None, bool]:
+    """Return who exports a CUDA array interface, that, and whether the array is in any device's memory.
+
+    The exporter is the array, or CuPy's view of one that only exports DLPack.
+    """
     interface = getattr(buffer, "__cuda_array_interface__", None)
     if interface is not None:
-        return interface, True
+        return buffer, interface, True
     device = int(buffer.__dlpack_device__()[0]) if hasattr(buffer, "__dlpack_device__") else _DLPACK_CPU[0]
     if device in _DLPACK_CUDA:
-        return backends.load("cupy").from_dlpack(buffer).__cuda_array_interface__, True
-    return None, device not in _DLPACK_CPU
+        if not backends.is_installed("cupy"):
+            raise ImportError(f"A CUDA array that only exports DLPack needs CuPy. {backends.REMEDY}")
+        view = backends.load("cupy").from_dlpack(buffer)
+        return view, view.__cuda_array_interface__, True
+    return buffer, None, device not in _DLPACK_CPU
 
 
 def _share(buffer: Any) -> Array | None:

@@ -1,4 +1,4 @@
-"""Arrays in GPU memory -> :class:`DeviceBuffer`, and the CUDA stream on which their owner works.
+"""Arrays in GPU memory -> :class:`DeviceBuffer`, with the CUDA stream on which their owner works.
 
 Any library's: CuPy, Numba, PyTorch and others export ``__cuda_array_interface__``. No library is imported
 for an array that it did not make.
@@ -6,18 +6,20 @@ for an array that it did not make.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 
-from fastadam import backends
+from fastadam import backends, streams
 from fastadam.kernels.cuda import DeviceBuffer
 
-_FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+"""The dtypes of parameters and gradients."""
 
 
-def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool) -> DeviceBuffer:
+def flat(
+    buffer: object, interface: dict[str, Any], name: str, *, writable: bool, backend: str | None
+) -> DeviceBuffer:
     """View an array in GPU memory as a flat buffer.
 
     Parameters
@@ -30,6 +32,8 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
         What errors call it.
     writable : bool
         Whether it must be writable.
+    backend : str or None
+        The CUDA backend to ask where the array does not tell its device; None for any.
 
     Raises
     ------
@@ -51,7 +55,7 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
 
     if interface.get("mask") is not None:
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its data.")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"{name} must be float32 or float64; got {getattr(buffer, 'dtype', dtype)}.")
     if strides is not None and not _is_contiguous(shape, strides, dtype.itemsize):
         raise ValueError(
@@ -66,9 +70,9 @@ def flat(buffer: object, interface: dict[str, Any], name: str, *, writable: bool
             f"{name} must be aligned to its elements in GPU memory; got address {pointer:#x}. Pass a copy."
         )
 
-    device = _device(buffer, pointer)
     made_by = library(buffer)
-    stream = current_stream(made_by, device)
+    device = _device(buffer, pointer, backend or ("numba-cuda" if made_by == "numba" else backends.cuda()))
+    stream = streams.current(made_by, device)
     if stream is None:
         bound = interface.get("stream")  # None: nobody works on it, or the exporter does not tell
         default = 0 if made_by == "numba" else None  # what Numba's kernels run on
@@ -83,38 +87,6 @@ def library(buffer: object) -> str:
     return next((name for name in names if name in {"torch", "cupy"}), names[0])
 
 
-def current_stream(library: str, device: int) -> int | None:
-    """Return the handle of a library's current stream on a device, or None where it has no such thing."""
-    module = sys.modules.get(library)
-    if module is None:
-        return None
-    if library == "torch":
-        return int(module.cuda.current_stream(device).cuda_stream)
-    if library == "cupy":
-        return int(module.cuda.get_current_stream(device).ptr)
-    return None
-
-
-def stream_handle(stream: Any) -> int:
-    """Return the handle of a stream: an int, or any library's stream object.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    """
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        return stream
-    if hasattr(stream, "__cuda_stream__"):
-        protocol = stream.__cuda_stream__
-        return int((protocol() if callable(protocol) else protocol)[1])
-    for attribute in ("cuda_stream", "ptr"):  # PyTorch's, CuPy's
-        handle = getattr(stream, attribute, None)
-        if isinstance(handle, int):
-            return handle
-    raise TypeError(f"stream must be a CUDA stream or its handle; got {type(stream).__name__}.")
-
-
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     if 0 in shape:
         return True
@@ -126,8 +98,8 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
     return True
 
 
-def _device(buffer: Any, pointer: int) -> int:
+def _device(buffer: Any, pointer: int, name: str) -> int:
     if hasattr(buffer, "__dlpack_device__"):
         return int(buffer.__dlpack_device__()[1])
-    backend = backends.load(backends.cuda())
+    backend = backends.load(name)
     return int(backend.device_of(pointer) if pointer else backend.current_device())

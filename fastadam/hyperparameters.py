@@ -17,6 +17,7 @@ import numpy as np
 
 from fastadam import bias_correction
 from fastadam.kernels import rules
+from fastadam.kernels.cuda import KernelTypes
 
 Floating: TypeAlias = np.dtype[np.floating[Any]]
 
@@ -169,7 +170,7 @@ class Coefficients:
     direction : Maximize or None
     decay : L2Decay, DecoupledDecay or None
         Of :mod:`fastadam.kernels.rules`.
-    types : tuple
+    types : KernelTypes
         What a kernel is compiled for.
 
     Raises
@@ -197,7 +198,7 @@ class Coefficients:
             _require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
         self._rule: type[rules.Adam] = rules.AMSGrad if h.amsgrad else rules.Adam
-        self.types = (dtype, type(self.direction), type(self.decay), self._rule)
+        self.types = KernelTypes(dtype, len(h.moments), type(self.direction), type(self.decay), self._rule)
 
         self._rounded = rounded
         self._lr, self._betas = h.lr, h.betas

@@ -115,12 +115,8 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def _backends() -> dict[str, str]:
-    """Return whether each backend can run here, or how a GPU library failed in answering."""
-    try:
-        status = backends.status()
-    except Exception as error:
-        return {"Backends": f"unknown: {type(error).__name__}: {error}"}
-    return {f"Backend {name}": reason for name, reason in status.items()}
+    """Return whether each backend can run here."""
+    return {f"Backend {name}": reason for name, reason in backends.status().items()}
 
 
 def _version(*distributions: str) -> str:

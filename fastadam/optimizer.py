@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, cast
 
-import numpy as np
-
-from fastadam import backends, bias_correction, buffers, device_buffers
+from fastadam import backends, buffers, clocks, device_buffers, streams
 from fastadam.hyperparameters import Coefficients, Hyperparameters, require_flag
-from fastadam.kernels.cuda import Clock, DeviceBuffer, KernelTypes
+from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.state import State, plain, require_keys
 
 
@@ -51,7 +49,8 @@ class FusedAdam:
         numba-cuda where CuPy is not installed.
     capturable : bool, default False
         Keep the step counter and the learning rate in GPU memory, so that a step captured in a CUDA graph
-        counts on, and follows :attr:`lr`, with every replay. The bits are the same.
+        counts on, and follows :attr:`lr`, with every replay. The bits are the same. Both betas must be at
+        most 1 - 2**-18.
 
     Raises
     ------
@@ -110,11 +109,13 @@ class FusedAdam:
         )
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
+        if self._capturable:
+            clocks.require_betas(self._hyperparameters)
         self._coefficients: Coefficients | None = None
         self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
-        self._stream: tuple[str, int, int] | None = None  # of the last step: library, device, stream
+        self._library = ""  # whose current stream the last capturable step took
 
     def step(self, flat_params: object, flat_grads: object, *, stream: object = None) -> None:
         """Advance the parameters by one step, in place.
@@ -152,18 +153,10 @@ class FusedAdam:
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
-        params = buffers.flat(flat_params, "flat_params", writable=True)
-        grads = buffers.flat(flat_grads, "flat_grads", writable=False)
-        buffers.require_same_layout("flat_grads", grads, "flat_params", params)
-        buffers.require_disjoint("flat_grads", grads, "flat_params", params)
-        if isinstance(params, DeviceBuffer) and params.stream is None:
-            params = params._replace(stream=grads.stream or 0)  # type: ignore[union-attr]
-        if stream is not None:
-            params, grads = _on_stream(params, stream), _on_stream(grads, stream)
-
+        params, grads = self._flat(flat_params, flat_grads, stream)
         state, kernels = self._state, self._kernels
         if kernels is None:  # the first step, or the first after load_state_dict
-            kernels, state = self._begin(params)
+            kernels, state = self._begin(params, grads)
         moments, block = state._arrays, state._block
         buffers.require_same_layout("flat_params", params, "the state", moments[0])
         buffers.require_disjoint("flat_params", params, "the state", block)
@@ -171,27 +164,18 @@ class FusedAdam:
 
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
-            c = Coefficients(self._hyperparameters, params.dtype)
+            c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
+        on_device = isinstance(params, DeviceBuffer)
+        if on_device:
+            take = self._plan_on_device(kernels, state, params, grads, c)
+        else:
             if self._prepared != c.types:
                 kernels.prepare(params, grads, moments, c.direction, c.decay, c.rule(1))
                 self._prepared = c.types
-            self._coefficients = c
-
-        if self._capturable:
-            like = cast("DeviceBuffer", params)  # the first step took no other
-            state._clock = state._clock or self._clock(kernels, like, state, c)
-            take = kernels.plan_captured(params, grads, moments, state._clock)
-        else:
-            if isinstance(params, DeviceBuffer) and kernels.is_capturing(params.stream, params.device):
-                raise ValueError(
-                    "stream must not be in capture: every replay would repeat this step number."
-                    " Use FusedAdam(capturable=True)."
-                )
             take = kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
 
         # A step on the CPU runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is
         # counted before. One on a GPU is queued in a moment, or refused by CUDA, so it is counted after.
-        on_device = state._kernels is not None
         if on_device:
             take()
         self._state, self._kernels = state, kernels
@@ -199,8 +183,7 @@ class FusedAdam:
         if not on_device:
             take()
         if self._capturable:
-            library = "" if stream is not None else device_buffers.library(flat_params)
-            self._stream = (library, like.device, like.stream or 0)
+            self._library = "" if stream is not None else device_buffers.library(flat_params)
 
     @property
     def state(self) -> State:
@@ -251,6 +234,8 @@ class FusedAdam:
         names = [field.name for field in fields(Hyperparameters)]
         require_keys(entries, names)
         hyperparameters = Hyperparameters(**{name: plain(entries.pop(name)) for name in names})
+        if self._capturable:
+            clocks.require_betas(hyperparameters)
         state = State.from_dict(entries, hyperparameters.moments, self._state)
         self._hyperparameters = hyperparameters
         self._replace_state(state)
@@ -319,9 +304,25 @@ class FusedAdam:
         """Whether steps ascend."""
         return self._hyperparameters.maximize
 
-    def _begin(self, params: buffers.Buffer) -> tuple[Any, State]:
+    def _flat(
+        self, flat_params: object, flat_grads: object, stream: object
+    ) -> tuple[buffers.Buffer, buffers.Buffer]:
+        """View the arguments of a step as buffers that fit each other."""
+        params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
+        grads = buffers.flat(flat_grads, "flat_grads", writable=False, backend=self._backend)
+        buffers.require_same_layout("flat_grads", grads, "flat_params", params)
+        buffers.require_disjoint("flat_grads", grads, "flat_params", params)
+        if isinstance(params, DeviceBuffer) and isinstance(grads, DeviceBuffer):
+            return streams.bind(params, grads, stream)
+        if stream is not None:
+            raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
+        return params, grads
+
+    def _begin(self, params: buffers.Buffer, grads: buffers.Buffer) -> tuple[Any, State]:
         """Choose the backend for the parameters, and have the state where they are."""
-        on_device = isinstance(params, DeviceBuffer)
+        state, on_device = self._state, isinstance(params, DeviceBuffer)
+        if state._kernels is not None:  # shared with a copy of this optimizer that has stepped
+            return state._kernels, state
         name = self._backend or (backends.cuda() if on_device else "cpu")
         for wanted, reason in (
             (name != "cpu", f"for backend={name!r}"),
@@ -330,11 +331,11 @@ class FusedAdam:
             if wanted != on_device:
                 memory = "GPU memory" if wanted else "CPU memory"
                 raise TypeError(f"flat_params must be in {memory} {reason}; got {buffers.place(params)}.")
-        kernels, state, names = backends.load(name), self._state, self._hyperparameters.moments
+        kernels, names = backends.load(name), self._hyperparameters.moments
         if state._arrays:
             buffers.require_same_size("flat_params", params, "the state", state._arrays[0])
         if isinstance(params, DeviceBuffer):
-            if kernels.is_capturing(params.stream, params.device):
+            if streams.is_captured(kernels, params, cast("DeviceBuffer", grads)):
                 raise ValueError(
                     "stream must not be in capture: the first step allocates the moments."
                     " Take one step before."
@@ -342,30 +343,21 @@ class FusedAdam:
             return kernels, State.on_device(kernels, params, names, state)
         return kernels, state if state._arrays else State(names, params.size, params.dtype, state.step)
 
-    def _present_stream(self) -> int:
-        """Return the stream on which the next step will be queued, as far as is known."""
-        library, device, last = self._stream or ("", 0, 0)
-        stream = device_buffers.current_stream(library, device)
-        stream = last if stream is None else stream
-        if self._kernels.is_capturing(stream, device):
-            raise ValueError("lr must be set outside of a capture: every replay would set it again.")
-        return stream
-
-    def _clock(self, kernels: Any, params: DeviceBuffer, state: State, c: Coefficients) -> Clock:
-        h = self._hyperparameters
-        decay, rule = c.decay or (), c.rule(1)
-        return Clock(
-            kernels,
-            params.device,
-            params.stream or 0,
-            KernelTypes(params.dtype, len(h.moments), type(c.direction), type(c.decay), type(rule)),
-            step=state._step,
-            lr=h.lr,
-            weight_decay=h.weight_decay,
-            coefficients=(*decay, *rule),
-            corrections1=bias_correction.table(h.betas[0]),
-            inverse_corrections2=1 / bias_correction.table(h.betas[1]),
-        )
+    def _plan_on_device(
+        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients
+    ) -> Callable[[], None]:
+        """Return the call that queues a step, counted by the state's clock where there is one."""
+        captured = streams.is_captured(kernels, params, grads)
+        if self._capturable:
+            if state._clock is None:
+                state._clock = clocks.make(kernels, params, self._hyperparameters, c, state._step)
+            return kernels.plan_captured(params, grads, state._arrays, state._clock)
+        if captured:
+            raise ValueError(
+                "stream must not be in capture: every replay would repeat this step number."
+                " Use FusedAdam(capturable=True)."
+            )
+        return kernels.plan(params, grads, state._arrays, c.direction, c.decay, c.rule(state._step + 1))
 
     def _change(self, **values: Any) -> None:
         hyperparameters, clock = self._hyperparameters.changed(**values), self._state._clock
@@ -377,16 +369,18 @@ class FusedAdam:
                     f" {values[name]}. Only lr may change, until reset."
                 )
             coefficients = Coefficients(hyperparameters, clock.types.dtype)
-            clock.set_lr(hyperparameters.lr, self._present_stream())
+            clock.set_lr(hyperparameters.lr, streams.for_lr(clock, self._library))
+        elif self._capturable:
+            clocks.require_betas(hyperparameters)
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
 
     def _replace_state(self, state: State) -> None:
         self._state = state
-        self._coefficients = self._prepared = self._kernels = self._stream = None
+        self._coefficients = self._prepared = self._kernels = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has its moments in CPU memory until its first step.
-        return {**self.__dict__, "_kernels": None, "_stream": None, "_prepared": None}
+        # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
+        return {**self.__dict__, "_coefficients": None, "_prepared": None, "_kernels": None}
 
     def __repr__(self) -> str:
         values = asdict(self._hyperparameters)
@@ -395,38 +389,3 @@ class FusedAdam:
         if self._capturable:
             values["capturable"] = True
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def _on_stream(buffer: buffers.Buffer, stream: object) -> DeviceBuffer:
-    if not isinstance(buffer, DeviceBuffer):
-        raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
-    return buffer._replace(stream=device_buffers.stream_handle(stream))
-
-
-def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
-    """Compile the kernels ahead of the first step, or load them from the disk cache.
-
-    Parameters
-    ----------
-    dtype : dtype, default float32
-        float32 or float64.
-    **hyperparameters
-        Those of :class:`FusedAdam`, and ``backend``: a CUDA backend compiles for the current device. Which
-        kernel is compiled depends on the flags and on whether there is weight decay, not on the numbers.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :class:`FusedAdam` does.
-
-    Examples
-    --------
-    >>> import fastadam
-    >>> fastadam.warmup(weight_decay=0.01, decoupled_weight_decay=True)
-    """
-    opt = FusedAdam(**hyperparameters)
-    h = opt._hyperparameters
-    math_dtype = buffers.flat(np.empty(0, dtype), "dtype", writable=True).dtype
-    c = Coefficients(h, math_dtype)
-    kernels = backends.load(opt._backend or "cpu")
-    kernels.warmup(math_dtype, len(h.moments), c.direction, c.decay, c.rule(1))

@@ -201,7 +201,9 @@ class State:
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}={array.dtype}[{array.size}]" for name, array in self.moments.items())
-        return f"State(step={self.step}{', ' if arrays else ''}{arrays})"
+        # Reading the step counter of a clock would wait for the device.
+        step = self._step if self._clock is None else "<in GPU memory>"
+        return f"State(step={step}{', ' if arrays else ''}{arrays})"
 
 
 def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:

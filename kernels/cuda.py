@@ -22,6 +22,9 @@ Array: TypeAlias = Any
 Kernel: TypeAlias = Any
 """A compiled kernel of the library, loaded on one device."""
 
+Event: TypeAlias = Any
+"""An event of the library."""
+
 LEGACY_STREAM = (0, 1)
 """The two handles of the default stream that every other stream waits for."""
 
@@ -45,6 +48,24 @@ class KernelTypes(NamedTuple):
     direction: type
     decay: type
     rule: type
+
+    @classmethod
+    def of(
+        cls,
+        dtype: np.dtype[Any],
+        n_states: int,
+        direction: rules.Maximize | None,
+        decay: rules.L2Decay | rules.DecoupledDecay | None,
+        rule: rules.Adam | rules.AMSGrad,
+    ) -> KernelTypes:
+        """Return the types of the arguments of a step."""
+        return cls(dtype, n_states, type(direction), type(decay), type(rule))
+
+    @property
+    def of_clock(self) -> KernelTypes:
+        """The same for kernels that know no rule: one for all rules of a dtype."""
+        nothing = type(None)
+        return KernelTypes(self.dtype, 0, nothing, nothing, nothing)
 
     @property
     def coefficients(self) -> tuple[str, ...]:
@@ -74,7 +95,7 @@ class Cuda(ABC):
         The buffers are of one size, dtype and device, aligned to their elements, and do not overlap: the
         caller checks. Memory traffic as on the CPU; nothing is allocated.
         """
-        types = KernelTypes(params.dtype, len(states), type(direction), type(decay), type(rule))
+        types = KernelTypes.of(params.dtype, len(states), direction, decay, rule)
         kernel = self.kernel("step", types, params.device)
         return partial(self._queue, kernel, params, grads, states, (*(decay or ()), *rule), None)
 
@@ -86,25 +107,15 @@ class Cuda(ABC):
         What the call queues may be captured in a CUDA graph.
         """
         kernel = self.kernel("step_captured", clock.types, params.device)
-        return partial(self._queue, kernel, params, grads, states, (clock.coefficients,), clock)
+        return partial(self._queue, kernel, params, grads, states, clock.arguments, clock)
 
-    def prepare(
-        self,
-        params: DeviceBuffer,
-        grads: DeviceBuffer,  # noqa: ARG002
-        states: Sequence[DeviceBuffer],
-        direction: rules.Maximize | None,
-        decay: rules.L2Decay | rules.DecoupledDecay | None,
-        rule: rules.Adam | rules.AMSGrad,
-    ) -> None:
-        """Compile, or load from the disk cache, the kernel for these arguments; queue nothing."""
-        types = KernelTypes(params.dtype, len(states), type(direction), type(decay), type(rule))
-        self.kernel("step", types, params.device)
-
-    def warmup(self, dtype: np.dtype[Any], n_states: int, direction: Any, decay: Any, rule: Any) -> None:
-        """Compile, or load from the disk cache, the kernel for the current device."""
-        types = KernelTypes(dtype, n_states, type(direction), type(decay), type(rule))
-        self.kernel("step", types, self.current_device())
+    def warmup(self, types: KernelTypes, *, captured: bool) -> None:
+        """Compile, or load from the disk cache, the kernels for the current device."""
+        device = self.current_device()
+        self.kernel("step_captured" if captured else "step", types, device)
+        if captured:
+            for entry in Clock.ENTRIES:
+                self.kernel(entry, types.of_clock, device)
 
     def _queue(
         self,
@@ -116,19 +127,27 @@ class Cuda(ABC):
         clock: Clock | None,
     ) -> None:
         size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream or 0
-        theirs = stream if grads.stream is None else grads.stream
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
         head, packs = grids.packs(pointers, itemsize, size)
         blocks = grids.blocks(size, packs, itemsize, self.resident_threads(device))
-        if apart := not _same(theirs, stream):
-            self.order(theirs, stream, device)
-        if clock is not None:
-            clock.tick(stream)
-        self.launch(
-            kernel, blocks, grids.BLOCK, (*pointers, size, head, packs, *coefficients), device, stream
-        )
-        if apart:
-            self.order(stream, theirs, device)
+        arguments = (*pointers, size, head, packs, *coefficients)
+
+        def queue() -> None:
+            if clock is not None:
+                clock.form_coefficients(stream)
+            self.launch(kernel, blocks, grids.BLOCK, arguments, device, stream)
+
+        self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
+
+    def queue_between(self, stream: int, other: int, device: int, queue: Callable[[], None]) -> None:
+        """Queue work on a stream, after what another one holds, and before what that one gets later."""
+        if same_stream(stream, other):
+            queue()
+            return
+        before, after = self.event(device), self.event(device)  # what may fail, fails before the work
+        self.order(other, stream, before, device)
+        queue()
+        self.order(stream, other, after, device)
 
     # --- What each library does in its way ------------------------------------------------------------------
 
@@ -149,7 +168,11 @@ class Cuda(ABC):
         """
 
     @abstractmethod
-    def order(self, first: int, then: int, device: int) -> None:
+    def event(self, device: int) -> Event:
+        """Return a new event of a device."""
+
+    @abstractmethod
+    def order(self, first: int, then: int, event: Event, device: int) -> None:
         """Let stream ``then`` wait for what stream ``first`` has queued so far; the host does not wait."""
 
     @abstractmethod
@@ -189,12 +212,16 @@ class Cuda(ABC):
         """Return how many threads a device holds at once."""
 
 
-def _same(stream: int, other: int) -> bool:
+def same_stream(stream: int, other: int) -> bool:
+    """Return whether two handles name one stream."""
     return stream == other or (stream in LEGACY_STREAM and other in LEGACY_STREAM)
 
 
 class Clock:
     """The step counter, the learning rate and the coefficients of a step, in device memory.
+
+    A step is two launches: :meth:`form_coefficients`, which may be repeated, and the kernel
+    ``step_captured``, which takes the step and counts it. So a step that CUDA refuses is not counted.
 
     Parameters
     ----------
@@ -206,11 +233,14 @@ class Clock:
         Steps taken.
     lr, weight_decay : float
     coefficients : sequence of scalar
-        Of any step; those that change from step to step are formed by :meth:`tick`.
+        Of any step; those that change from step to step are formed by :meth:`form_coefficients`.
     corrections1, inverse_corrections2 : ndarray of float64
         The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
         is also that of all later steps.
     """
+
+    ENTRIES = ("form_coefficients", "set_lr")
+    """The kernels that a clock launches."""
 
     def __init__(
         self,
@@ -235,13 +265,14 @@ class Clock:
             np.concatenate([np.array(coefficients, types.dtype), spare]),
         ]
         image = np.concatenate([part.view(np.uint8) for part in parts])
-        self._backend, self._device, self.types = backend, device, types
+        self.backend, self.device, self.stream, self.types = backend, device, stream, types
         self._memory = backend.to_device(image, device, stream)
         address = backend.address(self._memory)
         sizes = [part.nbytes for part in parts]
-        self._step, self._lr, first, second, self.coefficients = (
+        at_step, self._lr, first, second, at_coefficients = (
             address + sum(sizes[:k]) for k in range(len(sizes))
         )
+        self.arguments = (at_coefficients, at_step)  # the last ones of step_captured
 
         names = types.coefficients
         places = [
@@ -249,18 +280,22 @@ class Clock:
             for name in ("step_size", "inv_bias_correction2", "lr_times_weight_decay")
         ]
         tables = (first, corrections1.size, second, inverse_corrections2.size)
-        self._tick_args = (self._step, self._lr, weight_decay, *tables, self.coefficients, *places)
-        self._tick = backend.kernel("tick", types, device)
-        self._set_lr = backend.kernel("set_lr", types, device)
+        self._form_arguments = (at_step, self._lr, weight_decay, *tables, at_coefficients, *places)
+        self._form, self._set_lr = (backend.kernel(entry, types.of_clock, device) for entry in self.ENTRIES)
 
-    def tick(self, stream: int) -> None:
-        """Queue: count one more step and form its coefficients."""
-        self._backend.launch(self._tick, 1, 1, self._tick_args, self._device, stream)
+    def form_coefficients(self, stream: int) -> None:
+        """Queue: form the coefficients of the next step."""
+        self.stream = stream
+        self.backend.launch(self._form, 1, 1, self._form_arguments, self.device, stream)
 
     def set_lr(self, lr: float, stream: int) -> None:
-        """Queue: change the learning rate of the steps after."""
-        self._backend.launch(self._set_lr, 1, 1, (self._lr, lr), self._device, stream)
+        """Queue: change the learning rate of what is queued later, here or on the last step's stream."""
+
+        def queue() -> None:
+            self.backend.launch(self._set_lr, 1, 1, (self._lr, lr), self.device, stream)
+
+        self.backend.queue_between(stream, self.stream, self.device, queue)
 
     def step(self) -> int:
         """Return how many steps were taken, when the device has done all its work."""
-        return int(self._backend.to_host(self._memory[:8], self._device).view(np.int64)[0])
+        return int(self.backend.to_host(self._memory[:8], self.device).view(np.int64)[0])

@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 
 from . import cuda_source
-from .cuda import LEGACY_STREAM, Array, Cuda, Kernel, KernelTypes
+from .cuda import LEGACY_STREAM, Array, Cuda, Event, Kernel, KernelTypes
 
 _PER_THREAD_STREAM = 2
 
@@ -82,9 +82,12 @@ class CuPy(Cuda):
         with _on(device, stream):
             kernel((blocks,), (threads,), args)
 
-    def order(self, first: int, then: int, device: int) -> None:
+    def event(self, device: int) -> Event:
         with cupy.cuda.Device(device):
-            event = cupy.cuda.Event(disable_timing=True)
+            return cupy.cuda.Event(disable_timing=True)
+
+    def order(self, first: int, then: int, event: Event, device: int) -> None:
+        with cupy.cuda.Device(device):
             event.record(_stream(first, device))
             _stream(then, device).wait_event(event)
 

@@ -122,7 +122,8 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     """Return the kernel ``step`` or ``step_captured``.
 
     Both take ``(params, grads, states, size, head, packs, coefficients)``: the coefficients as a tuple of
-    numbers, or, captured, as a pointer to them.
+    numbers, or, captured, as a pointer to them. ``step_captured`` also takes a pointer to the step counter,
+    and counts.
     """
     lanes = PACK // kinds.dtype.itemsize
     places = tuple(range(len(kinds.coefficients)))
@@ -131,10 +132,10 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     make_decay = None if kinds.decay is type(None) else kinds.decay
     make_rule = kinds.rule
 
-    def step(
-        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, coefficients: Any
+    @cuda.jit(device=True)
+    def step_elements(
+        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, values: Any
     ) -> None:
-        values = pick(coefficients, places) if captured else coefficients
         direction = None if make_direction is None else make_direction()
         decay = None if make_decay is None else make_decay(*values[:of_decay])
         rule = make_rule(*values[of_decay:])
@@ -152,10 +153,22 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
             store(written, i, update_lane(load(read, i), direction, decay, rule))
             k += cuda.gridsize(1)
 
-    return step
+    def step(
+        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, coefficients: Any
+    ) -> None:
+        step_elements(params, grads, states, size, head, packs, coefficients)
+
+    def step_captured(
+        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, coefficients: Any, count: Any
+    ) -> None:
+        step_elements(params, grads, states, size, head, packs, pick(coefficients, places))
+        if cuda.grid(1) == 0:
+            count[0] += 1
+
+    return step_captured if captured else step
 
 
-def tick(
+def form_coefficients(
     step: Any,
     lr: Any,
     weight_decay: float,
@@ -168,12 +181,11 @@ def tick(
     inverse_at: int,
     decay_at: int,
 ) -> None:
-    """Count one more step, and form the coefficients that change with it; one thread."""
-    now = step[0] + 1
-    step[0] = now
-    correction1 = corrections1[min(now, count1) - 1]
+    """Form the coefficients of the next step that change from step to step; one thread."""
+    number = step[0] + 1
+    correction1 = corrections1[min(number, count1) - 1]
     coefficients[step_size_at] = rules.step_size(lr[0], correction1)
-    coefficients[inverse_at] = inverse_corrections2[min(now, count2) - 1]
+    coefficients[inverse_at] = inverse_corrections2[min(number, count2) - 1]
     coefficients[decay_at] = rules.lr_times_weight_decay(lr[0], weight_decay)
 
 

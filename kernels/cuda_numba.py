@@ -19,7 +19,7 @@ from numba import cuda, types
 
 from . import cubins, cuda_loop
 from .compiling import digest
-from .cuda import LEGACY_STREAM, Array, Cuda, Kernel, KernelTypes
+from .cuda import LEGACY_STREAM, Array, Clock, Cuda, Event, Kernel, KernelTypes
 
 _LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
 
@@ -37,16 +37,18 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     integer, double = types.int64, types.float64
     if entry == "set_lr":
         return (of_double, double)
-    if entry == "tick":
+    if entry == "form_coefficients":
         tables = (of_double, integer, of_double, integer)
         return (types.CPointer(integer), of_double, double, *tables, pointer, integer, integer, integer)
-    coefficients = pointer if entry == "step_captured" else types.UniTuple(number, len(kinds.coefficients))
     states = types.UniTuple(pointer, kinds.n_states)
-    return (pointer, pointer, states, integer, integer, integer, coefficients)
+    buffers = (pointer, pointer, states, integer, integer, integer)
+    if entry == "step_captured":
+        return (*buffers, pointer, types.CPointer(integer))
+    return (*buffers, types.UniTuple(number, len(kinds.coefficients)))
 
 
 def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
-    if entry in {"tick", "set_lr"}:
+    if entry in Clock.ENTRIES:
         function: Callable[..., None] = getattr(cuda_loop, entry)
         return function
     return cuda_loop.make_step(kinds, captured=entry == "step_captured")
@@ -58,7 +60,7 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
     Parameters
     ----------
     entry : str
-        ``"step"``, ``"step_captured"``, ``"tick"`` or ``"set_lr"``.
+        ``"step"``, ``"step_captured"``, ``"form_coefficients"`` or ``"set_lr"``.
     kinds : KernelTypes
     capability : tuple of int
         Of the device, (major, minor).
@@ -106,7 +108,7 @@ def _kernel(entry: str, kinds: KernelTypes, device: int) -> Kernel:
         capability = tuple(cuda.gpus[device].compute_capability[:2])
         key = repr((digest(), metadata.version("numba-cuda"), _LINK_OPTIONS, entry, kinds, capability))
         cubin = cubins.cached(
-            cubins.folder(cuda_loop.tick), key, lambda: compile_kernel(entry, kinds, capability)
+            cubins.folder(cuda_loop.set_lr), key, lambda: compile_kernel(entry, kinds, capability)
         )
         module = _check(driver.cuModuleLoadData(np.frombuffer(cubin, np.uint8).ctypes.data))
         return _check(driver.cuModuleGetFunction(module, symbol(cubin)))
@@ -133,9 +135,12 @@ class NumbaCuda(Cuda):
         with cuda.gpus[device]:
             _check(driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, stream, values, 0))
 
-    def order(self, first: int, then: int, device: int) -> None:
+    def event(self, device: int) -> Event:
         with cuda.gpus[device]:
-            event = _check(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            return _check(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+
+    def order(self, first: int, then: int, event: Event, device: int) -> None:
+        with cuda.gpus[device]:
             _check(driver.cuEventRecord(event, first))
             _check(driver.cuStreamWaitEvent(then, event, 0))
             _check(driver.cuEventDestroy(event))  # when it has passed

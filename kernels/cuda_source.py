@@ -1,8 +1,8 @@
 """The CUDA C++ source of a step: ``kernels/step.cu``, the rule translated, and the entries of the kernels.
 
-``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where ``tick``
-formed them from the step counter and the learning rate there: a captured CUDA graph replays both. ``set_lr``
-changes that learning rate, in stream order.
+``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where
+``form_coefficients`` formed them from the step counter and the learning rate there, and counts itself: a
+captured CUDA graph replays both. ``set_lr`` changes that learning rate, in stream order.
 """
 
 from __future__ import annotations
@@ -27,19 +27,39 @@ _TYPES = {
 
 @cache
 def source(types: KernelTypes) -> str:
-    """Return the source of the kernels for some types: of float32 or float64, and of 1 to 3 states."""
-    dtype, _, direction, decay, rule = types
+    """Return the source of the kernels for some types, of float32 or float64.
+
+    With 1 to 3 states it has ``step`` and ``step_captured``; with none, ``form_coefficients`` and ``set_lr``.
+    """
+    dtype, n_states, direction, decay, rule = types
+    loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
+    if not n_states:
+        schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
+        return "\n\n".join([_TYPES[dtype.name], loop, *schedule, _CLOCK])
     transforms = {kind: rules.TRANSFORMS[kind] for kind in (direction, decay)}
     equation = translate(
         rules.update, {rules.transform: transforms, rules.advance: {rule: rules.RULES[rule]}}
     )
-    schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
-    loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
-    entries = _entries(types)
-    return "\n\n".join([_TYPES[dtype.name], loop, equation, *schedule, entries])
+    return "\n\n".join([_TYPES[dtype.name], loop, equation, _steps(types)])
 
 
-def _entries(types: KernelTypes) -> str:
+_CLOCK = """
+extern "C" __global__ void form_coefficients(
+    const long long* step, const double* lr, double weight_decay,
+    const double* corrections1, long long count1, const double* inverse_corrections2, long long count2,
+    Real* coefficients, long long step_size_at, long long inverse_at, long long decay_at) {
+    const long long next = *step + 1;
+    const double correction1 = corrections1[(next < count1 ? next : count1) - 1];
+    coefficients[step_size_at] = rounded(step_size(*lr, correction1));
+    coefficients[inverse_at] = rounded(inverse_corrections2[(next < count2 ? next : count2) - 1]);
+    coefficients[decay_at] = rounded(lr_times_weight_decay(*lr, weight_decay));
+}
+
+extern "C" __global__ void set_lr(double* lr, double value) { *lr = value; }
+"""
+
+
+def _steps(types: KernelTypes) -> str:
     _, n_states, *kinds = types
     direction, decay, rule = ("None" if kind is type(None) else kind.__name__ for kind in kinds)
     of_decay = len(getattr(types.decay, "_fields", ()))
@@ -48,9 +68,10 @@ def _entries(types: KernelTypes) -> str:
 
     moments = ", ".join(f"Real* state{k}" for k in range(n_states))
     buffers = f"Real* params, const Real* grads, {moments}, long long size, long long head, long long packs"
+    count = "\n    if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
     kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK})'
 
-    def body(coefficients: list[str]) -> str:
+    def body(coefficients: list[str], last: str = "") -> str:
         return f"""{{
     Real* const states[] = {{{", ".join(f"state{k}" for k in range(n_states))}}};
     const {direction} direction{{}};
@@ -58,26 +79,11 @@ def _entries(types: KernelTypes) -> str:
     const {rule} rule{{{", ".join(coefficients[of_decay:])}}};
     step_elements(params, grads, states, size, head, packs, [&](Real param, Real grad, auto state) {{
         return update(param, grad, state, direction, decay, rule);
-    }});
+    }});{last}
 }}"""
 
     return f"""
 {kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body(values)}
 
-{kernel} step_captured({buffers}, const Real* coefficients) {body(stored)}
-
-extern "C" __global__ void tick(long long* step, const double* lr, double weight_decay,
-                                const double* corrections1, long long count1,
-                                const double* inverse_corrections2, long long count2,
-                                Real* coefficients,
-                                long long step_size_at, long long inverse_at, long long decay_at) {{
-    const long long now = *step + 1;
-    *step = now;
-    const double correction1 = corrections1[(now < count1 ? now : count1) - 1];
-    coefficients[step_size_at] = rounded(step_size(*lr, correction1));
-    coefficients[inverse_at] = rounded(inverse_corrections2[(now < count2 ? now : count2) - 1]);
-    coefficients[decay_at] = rounded(lr_times_weight_decay(*lr, weight_decay));
-}}
-
-extern "C" __global__ void set_lr(double* lr, double value) {{ *lr = value; }}
+{kernel} step_captured({buffers}, const Real* coefficients, long long* step) {body(stored, count)}
 """

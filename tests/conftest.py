@@ -58,3 +58,30 @@ def cupy(host_kernels, monkeypatch):
     yield module
     backends.load.cache_clear()
     sys.modules.pop("fastadam.kernels.cuda_cupy", None)
+
+
+@pytest.fixture(scope="module", params=["cupy", "numba-cuda"])
+def backend(request):
+    """A CUDA backend that can run here."""
+    from fastadam import backends
+
+    status = backends.status()[request.param]
+    if status != "ready":
+        pytest.skip(f"{request.param}: {status}")
+    return request.param
+
+
+@pytest.fixture(params=["cupy", "numba", "torch"])
+def library(request, backend):
+    """A library whose arrays a GPU test steps."""
+    from gpu_libraries import LIBRARIES
+
+    return LIBRARIES[request.param]()
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def streaming(request, backend):
+    """One of them that has a current stream."""
+    from gpu_libraries import LIBRARIES
+
+    return LIBRARIES[request.param]()

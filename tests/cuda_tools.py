@@ -28,7 +28,7 @@ from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import cuda_numba, cuda_source
 from fastadam.kernels.cuda import KernelTypes
 
-ENTRIES = ("step", "step_captured", "tick", "set_lr")
+ENTRIES = ("step", "step_captured", "form_coefficients", "set_lr")
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 
 CUPY_APPENDS = ("-ftz=true", "--device-as-default-execution-space")

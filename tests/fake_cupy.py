@@ -2,7 +2,8 @@
 
 It has what :mod:`fastadam.kernels.cuda_cupy` uses of CuPy. Memory of a "device" is host memory, ``RawModule``
 compiles the very source with the host's C++ compiler, and a launch calls the kernel once for each thread of
-its grid. Streams run at once and keep a log; a stream in capture records instead, and its graph replays.
+its grid. Streams run at once and keep a log; a stream in capture records instead, and its graph replays. What
+CUDA refuses is refused: a stream of another device, and a wait across the border of a capture.
 
 What it cannot show: that CUDA's compilers, the driver and real CuPy do what they say.
 """
@@ -55,6 +56,10 @@ def _c(value):
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
 
 
+class Refused(RuntimeError):  # noqa: N818
+    """What CUDA answers."""
+
+
 class Graph:
     def __init__(self):
         self.calls = []
@@ -76,6 +81,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         def __init__(self, ptr=None):
             self.ptr = id(self) if ptr is None else ptr
             captures.setdefault(self.ptr, None)
+            homes.setdefault(self.ptr, current.device)
 
         @classmethod
         def from_external(cls, stream):
@@ -109,9 +115,11 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             return graph
 
         def wait_event(self, event):
+            if captures[self.ptr] is not event.graph:
+                raise Refused("cudaErrorStreamCaptureIsolation")
             cupy.log.append(("wait", current.device, self.ptr, event.stream))
 
-    captures = {}
+    captures, homes = {}, {}  # of streams, by handle: the graph being recorded, and the device
     Stream.null, Stream.ptds = Stream(0), Stream(2)
 
     class Device:
@@ -131,7 +139,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             assert disable_timing
 
         def record(self, stream):
-            self.stream = stream.ptr
+            self.stream, self.graph = stream.ptr, captures[stream.ptr]
 
     def get_current_stream(device=-1):
         stack = current.streams.get(current.device if device < 0 else device)
@@ -181,6 +189,8 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
 
         def __call__(self, grid, block, args):
             assert current.device == self.device
+            if get_current_stream().ptr not in (0, 2) and homes[get_current_stream().ptr] != self.device:
+                raise Refused("cudaErrorInvalidResourceHandle")
             stream, (blocks,), (threads,) = get_current_stream().ptr, grid, block
             values = [_c(value) for value in args]
 
@@ -211,6 +221,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         assert array.device_id == current.device
         return array.host.copy()
 
+    cupy.Refused = Refused
     cupy.ndarray, cupy.RawModule, cupy.asnumpy = ndarray, RawModule, asnumpy
     cupy.zeros = lambda size, dtype=np.float64: on_current_device(np.zeros(size, dtype))
     cupy.asarray = lambda host: on_current_device(np.array(host))

@@ -107,10 +107,10 @@ def test_ptx_of_a_step(backend, dtype, capability, entry, flags):
 
 
 @each_backend
-def test_ptx_of_tick_and_set_lr(backend):
+def test_ptx_of_form_coefficients_and_set_lr(backend):
     for dtype in DTYPES:
         types = types_of(dtype, FLAGS[-1])
-        ops = kernel(backend, "tick", types).ops
+        ops = kernel(backend, "form_coefficients", types).ops
         product = {"cupy": "mul.f64", "numba-cuda": "mul.rn.f64"}[
             backend
         ]  # nothing is added: nothing to fuse
@@ -208,12 +208,12 @@ def test_machine_code_of_a_step(backend, dtype, capability, entry, flags, record
 
 
 @each_backend
-def test_machine_code_of_tick_and_set_lr(backend):
+def test_machine_code_of_form_coefficients_and_set_lr(backend):
     of = expansions(backend, SM_90, "f64")
-    for entry in ("tick", "set_lr"):
+    for entry in ("form_coefficients", "set_lr"):
         found = kernel(backend, entry, types_of("float32", FLAGS[-1]))
         # A division of float64 looks at its operands' exponents by a float32 operation.
-        due = account(found.ops, "f64", of) if entry == "tick" else Counter()
+        due = account(found.ops, "f64", of) if entry == "form_coefficients" else Counter()
         assert arithmetic(found.sass) == due
         assert (found.stack, found.local) == (0, 0)
 

@@ -55,11 +55,11 @@ def eager(kernel, job):
 def captured(kernel, job):
     for lr, grads in zip(job["lrs"], job["gradients"], strict=True):
         set_lr[1, 1](job["lr"], lr)
-        tick[1, 1](job["step"], job["lr"], *job["tick"])
-        kernel(job["params"], grads, job["states"], *job["layout"], job["memory"])
+        form[1, 1](job["step"], job["lr"], *job["form"])
+        kernel(job["params"], grads, job["states"], *job["layout"], job["memory"], job["step"])
         job["seen"].append(job["memory"][:-1].copy())
 
-set_lr, tick = cuda.jit(cuda_loop.set_lr), cuda.jit(cuda_loop.tick)
+set_lr, form = cuda.jit(cuda_loop.set_lr), cuda.jit(cuda_loop.form_coefficients)
 jobs = pickle.load(sys.stdin.buffer)
 for job in jobs:
     kernel = cuda.jit(cuda_loop.make_step(job["kinds"], captured="lrs" in job))[job["grid"]]
@@ -92,8 +92,7 @@ def problem(rng, dtype, size, steps):
 
 
 def kinds(h, c, dtype):
-    kind = [type(part) for part in (c.direction, c.decay, c.rule(1))]
-    return KernelTypes(np.dtype(dtype), len(h.moments), *kind)
+    return KernelTypes.of(np.dtype(dtype), len(h.moments), c.direction, c.decay, c.rule(1))
 
 
 def layouts(size, itemsize):
@@ -127,7 +126,7 @@ def eager_jobs(rng, flags, dtype):
 
 
 def captured_job(rng, flags, dtype):
-    """A job of which the coefficients are formed by the kernel ``tick``, as Clock lays them out."""
+    """A job of which the coefficients are formed by ``form_coefficients``, as Clock lays them out."""
     h = Hyperparameters(**flags)
     size = 9
     params, gradients = problem(rng, dtype, size, len(LRS))
@@ -149,7 +148,7 @@ def captured_job(rng, flags, dtype):
         "lrs": LRS,
         "step": np.array([0]),
         "lr": np.array([np.nan]),
-        "tick": (h.weight_decay, *tables, memory, *places),
+        "form": (h.weight_decay, *tables, memory, *places),
         "memory": memory,
         "seen": [],
     }

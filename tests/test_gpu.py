@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gpu_libraries import DTYPES, MODES, CuPy, assert_same, of_backend, on_cpu, problem
 from oracles import FLAGS, flags_id
 from tolerances import assert_same_bits
 
@@ -15,128 +16,15 @@ from fastadam.kernels import grids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-DTYPES = ["float32", "float64"]
 # Around packs, blocks, and the grid of a whole device, from where threads loop.
 SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 255, 257, 1023, 1025, 4096, 100_003]
-MODES = pytest.mark.parametrize("capturable", [False, True], ids=["eager", "capturable"])
-
-
-@pytest.fixture(scope="module", params=["cupy", "numba-cuda"])
-def backend(request):
-    status = backends.status()[request.param]
-    if status != "ready":
-        pytest.skip(f"{request.param}: {status}")
-    return request.param
-
-
-class CuPy:
-    def __init__(self):
-        self.cupy = pytest.importorskip("cupy")
-
-    def put(self, array):
-        return self.cupy.asarray(array)
-
-    def get(self, array):
-        return self.cupy.asnumpy(array)
-
-    def fill(self, array, values):
-        array.set(values)
-
-    def stream(self):
-        return self.cupy.cuda.Stream(non_blocking=True)
-
-    def on(self, stream):
-        return stream
-
-    def synchronize(self):
-        self.cupy.cuda.runtime.deviceSynchronize()
-
-
-class Numba:
-    def __init__(self):
-        self.cuda = pytest.importorskip("numba.cuda")
-
-    def put(self, array):
-        return self.cuda.to_device(array)
-
-    def get(self, array):
-        return array.copy_to_host()
-
-    def fill(self, array, values):
-        array.copy_to_device(values)
-
-    def synchronize(self):
-        self.cuda.synchronize()
-
-
-class Torch:
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        if not self.torch.cuda.is_available():
-            pytest.skip("this PyTorch sees no GPU")
-
-    def put(self, array):
-        return self.torch.from_numpy(np.array(array)).cuda()
-
-    def get(self, array):
-        return array.cpu().numpy()
-
-    def fill(self, array, values):
-        array.copy_(self.torch.from_numpy(values))
-
-    def stream(self):
-        return self.torch.cuda.Stream()
-
-    def on(self, stream):
-        return self.torch.cuda.stream(stream)
-
-    def synchronize(self):
-        self.torch.cuda.synchronize()
-
-
-LIBRARIES = {"cupy": CuPy, "numba": Numba, "torch": Torch}
-
-
-@pytest.fixture(params=LIBRARIES)
-def library(request, backend):
-    return LIBRARIES[request.param]()
-
-
-@pytest.fixture(params=["cupy", "torch"])
-def streaming(request, backend):
-    """A library with a current stream."""
-    return LIBRARIES[request.param]()
-
-
-def problem(rng, size, dtype="float32", steps=3):
-    params = rng.standard_normal(size).astype(dtype)
-    return params, [
-        (10.0 ** rng.uniform(-6, 3, size) * rng.standard_normal(size)).astype(dtype) for _ in range(steps)
-    ]
-
-
-def on_cpu(params, gradients, **options):
-    opt, params = FusedAdam(**options), params.copy()
-    for grads in gradients:
-        opt.step(params, grads)
-    return opt, params
-
-
-def assert_same(library, device, cpu):
-    (opt, params), (expected, expected_params) = device, cpu
-    library.synchronize()
-    assert_same_bits(library.get(params), expected_params, "params")
-    saved, wanted = opt.state_dict(), expected.state_dict()
-    assert saved["step"] == wanted["step"]
-    for name in expected.state.moments:
-        assert_same_bits(saved[name], wanted[name], name)
 
 
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flags", FLAGS, ids=flags_id)
 def test_bits_of_the_cpu(backend, rng, flags, dtype, capturable):
-    library = LIBRARIES["cupy" if backend == "cupy" else "numba"]()
+    library = of_backend(backend)
     for size in SIZES:
         params, gradients = problem(rng, size, dtype)
         opt, buffer = FusedAdam(backend=backend, capturable=capturable, **flags), library.put(params)
@@ -159,7 +47,7 @@ def test_arrays_of_every_library(backend, library, rng, dtype):
 @pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
 def test_special_values(backend, rng, flags, dtype):
     """Subnormals, too: nothing flushes them."""
-    library = LIBRARIES["cupy" if backend == "cupy" else "numba"]()
+    library = of_backend(backend)
     finfo = np.finfo(dtype)
     values = [0.0, 1.0, finfo.tiny, finfo.tiny / 2, finfo.smallest_subnormal, finfo.max, finfo.max / 2]
     values += [np.sqrt(finfo.max), np.sqrt(finfo.max) * 2, np.sqrt(finfo.tiny), 1e-20, np.inf, np.nan]
@@ -189,7 +77,7 @@ def test_a_thousand_steps_with_a_changing_lr(backend, library, rng, flags, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (2, 2), (3, 3), (0, 1), (2, 1)])
 def test_any_alignment(backend, rng, dtype, offsets):
-    library = LIBRARIES["cupy" if backend == "cupy" else "numba"]()
+    library = of_backend(backend)
     params, gradients = problem(rng, 1031, dtype)
     buffer, sent = (library.put(np.zeros(1031 + 3, dtype))[offset : offset + 1031] for offset in offsets)
     library.fill(buffer, params)
@@ -198,104 +86,6 @@ def test_any_alignment(backend, rng, dtype, offsets):
         library.fill(sent, grads)
         opt.step(buffer, sent)
     assert_same(library, (opt, buffer), on_cpu(params, gradients))
-
-
-def test_a_step_follows_what_its_stream_does_before(backend, streaming, rng):
-    """On a stream that no other waits for: were the step on another, it would see the old gradients."""
-    params, gradients = problem(rng, 1 << 22, steps=4)
-    opt, buffer = FusedAdam(backend=backend), streaming.put(params)
-    sources, sent = [streaming.put(grads) for grads in gradients], streaming.put(np.zeros_like(params))
-    streaming.synchronize()
-    with streaming.on(streaming.stream()):
-        for source in sources:
-            sent[:] = source
-            opt.step(buffer, sent)
-        sent[:] = 0
-    assert_same(streaming, (opt, buffer), on_cpu(params, gradients))
-
-
-def test_a_stream_that_is_asked_for(backend, streaming, rng):
-    params, gradients = problem(rng, 4099)
-    opt, buffer, stream = FusedAdam(backend=backend), streaming.put(params), streaming.stream()
-    sources = [streaming.put(grads) for grads in gradients]
-    streaming.synchronize()
-    for source in sources:
-        opt.step(buffer, source, stream=stream)
-    assert_same(streaming, (opt, buffer), on_cpu(params, gradients))
-
-
-def test_two_streams_at_once(backend, streaming, rng):
-    params, gradients = problem(rng, 1 << 20, steps=5)
-    sources = [streaming.put(grads) for grads in gradients]
-    runs = [(FusedAdam(backend=backend), streaming.put(params), streaming.stream()) for _ in range(2)]
-    streaming.synchronize()
-    for source in sources:
-        for opt, buffer, stream in runs:
-            with streaming.on(stream):
-                opt.step(buffer, source)
-    expected = on_cpu(params, gradients)
-    for opt, buffer, _ in runs:
-        assert_same(streaming, (opt, buffer), expected)
-
-
-def test_parameters_and_gradients_of_two_libraries(backend, rng):
-    """Each on its own stream: the step waits for the gradients, and the next gradients for the step."""
-    cupy, torch = CuPy(), Torch()
-    params, gradients = problem(rng, 1 << 20, steps=4)
-    opt, buffer, sent = FusedAdam(backend=backend), torch.put(params), cupy.put(np.zeros_like(params))
-    sources = [cupy.put(grads) for grads in gradients]
-    cupy.synchronize()
-    with torch.on(torch.stream()), cupy.on(cupy.stream()):
-        for source in sources:
-            sent[:] = source
-            opt.step(buffer, sent)
-    assert_same(torch, (opt, buffer), on_cpu(params, gradients))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", FLAGS, ids=flags_id)
-def test_a_graph_replays_with_a_changing_lr(backend, streaming, rng, flags, dtype):
-    params, gradients = problem(rng, 4099, dtype, steps=5)
-    opt, buffer = FusedAdam(backend=backend, capturable=True, **flags), streaming.put(params)
-    sent = streaming.put(gradients[0])
-    expected, copied = FusedAdam(**flags), params.copy()
-    expected.step(copied, gradients[0])
-    streaming.synchronize()
-    stream = streaming.stream()
-    with streaming.on(stream):
-        opt.step(buffer, sent)
-        streaming.synchronize()
-        if isinstance(streaming, CuPy):
-            stream.begin_capture()
-            opt.step(buffer, sent)
-            replay = stream.end_capture().launch
-        else:
-            graph = streaming.torch.cuda.CUDAGraph()
-            with streaming.torch.cuda.graph(graph, stream=stream):
-                opt.step(buffer, sent)
-            replay = graph.replay
-        for k, grads in enumerate(gradients[1:]):
-            opt.lr = expected.lr = 1e-3 * (k + 2)
-            streaming.fill(sent, grads)
-            replay()
-            expected.step(copied, grads)
-    assert_same(streaming, (opt, buffer), (expected, copied))
-
-
-def test_a_plain_step_refuses_a_capture(backend):
-    library = CuPy()
-    params, grads = library.put(np.ones(8, np.float32)), library.put(np.ones(8, np.float32))
-    opt, stream = FusedAdam(backend=backend), library.stream()
-    opt.step(params, grads)
-    library.synchronize()
-    with stream:
-        stream.begin_capture()
-        try:
-            with pytest.raises(ValueError, match="stream must not be in capture"):
-                opt.step(params, grads)
-        finally:
-            stream.end_capture()
-    assert opt.state.step == 1
 
 
 def test_the_backends_agree_on_a_checkpoint(rng):
@@ -318,8 +108,7 @@ def test_the_backends_agree_on_a_checkpoint(rng):
 
 def test_the_compiled_kernel_loops_where_the_grid_ends(backend, rng, monkeypatch):
     """As with 2**31 elements and more, at a size that the CPU checks quickly."""
-    library = LIBRARIES["cupy" if backend == "cupy" else "numba"]()
-    monkeypatch.setattr(grids, "WAVES", 1)
+    library = of_backend(backend)
     monkeypatch.setattr(grids, "blocks", lambda *_: 3)
     params, gradients = problem(rng, 100_003)
     opt, buffer = FusedAdam(backend=backend), library.put(params)

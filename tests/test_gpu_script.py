@@ -37,3 +37,18 @@ def test_dry_run_fails_where_the_tree_does_not_import(tmp_path):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "kernels" / "cpu.py").write_text("raise ImportError\n", encoding="utf-8")
     assert run(tmp_path, root).returncode == 1
+
+
+def test_dry_run_needs_only_what_a_gpu_machine_has(tmp_path):
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    for name in ("hypothesis", "jax", "matplotlib", "rich", "setuptools", "sklearn", "typer"):
+        (missing / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)\n", encoding="utf-8")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={missing}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    # Without Hypothesis there is no plugin of it either.
+    done = run(tmp_path, PYTHON=str(python), PYTEST_ADDOPTS="-p no:hypothesispytest")
+    log = (tmp_path / "out" / "gpu-log.txt").read_text(encoding="utf-8")
+    assert done.returncode == 0, log
+    assert [line.split()[-2] for line in done.stdout.splitlines()[-3:]] == ["ok", "ok", "ok"]

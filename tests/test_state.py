@@ -332,3 +332,16 @@ def test_a_kernel_that_does_not_compile_changes_nothing(rng, monkeypatch, steps)
         opt.step(params, np.ones(N, np.float32))
     np.testing.assert_equal(opt.state_dict(), before)
     assert_same_bits(params, params_before)
+
+
+def test_a_copy_compiles_before_it_counts(monkeypatch):
+    from fastadam.kernels import cpu
+
+    opt = FusedAdam()
+    opt.step(np.ones(8), np.ones(8))
+    prepared, prepare = [], cpu.prepare
+    monkeypatch.setattr(cpu, "prepare", lambda *arguments: prepared.append(1) or prepare(*arguments))
+    opt.step(np.ones(8), np.ones(8))
+    assert not prepared
+    pickle.loads(pickle.dumps(opt)).step(np.ones(8), np.ones(8))
+    assert prepared
