@@ -210,7 +210,11 @@ def _release_others() -> None:
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if (cuda := sys.modules.get("numba.cuda")) is not None:
-        cuda.current_context().deallocations.clear()
+        context = cuda.current_context()
+        for owner in (context.memory_manager, context):  # of arrays, and of modules and events
+            pending = getattr(owner, "deallocations", None)  # another memory manager may keep none
+            if pending is not None:
+                pending.clear()
 
 
 def _version(number: int) -> str:

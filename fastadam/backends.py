@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import Any
 
 NAMES = ("cpu", "cupy", "numba-cuda")
@@ -16,6 +17,7 @@ _MODULES = {
     "numba-cuda": "fastadam.kernels.cuda_numba",
 }
 _PACKAGES = {"cupy": ("CuPy", "cupy"), "numba-cuda": ("numba-cuda", "numba_cuda")}
+_LONGEST_REASON = 300
 REMEDY = 'pip install "fastadam[cuda13]" (or "fastadam[cuda12]")'
 
 
@@ -82,5 +84,15 @@ def _status(name: str) -> str:
         if name != "cpu" and backend.device_count() == 0:
             return "no CUDA device"
     except Exception as error:  # whatever a broken installation raises
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(" :")
+        return _reason(error)
     return "ready"
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one line.
+
+    Numba puts the reason below an empty line, and CuPy a page of advice around what it caught at its import.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON, placeholder=" ...").rstrip(" :")

@@ -16,7 +16,8 @@ from fastadam.buffers import Array
 from fastadam.demo_model import MLP
 from fastadam.devices import CPU, Device
 from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.optimizer import FusedAdam, warmup
+from fastadam.optimizer import FusedAdam
+from fastadam.warming import warmup
 
 SIZES = (64, 200, 10)
 """8 x 8 pixels, hidden units, digits."""

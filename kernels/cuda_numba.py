@@ -6,14 +6,17 @@ not to fuse multiply-adds, which Numba's own launches cannot. The CUDA driver la
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import re
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from typing import Any
 
+import llvmlite
+import numba
 import numpy as np
+from cuda import pathfinder
 from cuda.bindings import driver, nvjitlink
 from numba import cuda, types
 
@@ -67,13 +70,25 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
     *options
         More options for the linker.
     """
-    signature = types.void(*_signature(entry, kinds))
+    # Whatever NUMBA_CUDA_DEBUGINFO and NUMBA_OPT say: debugging code stops at what Python raises for.
     code, _ = cuda.compile(
-        _function(entry, kinds), signature, device=False, abi="numba", cc=capability, output="ltoir"
+        _function(entry, kinds),
+        types.void(*_signature(entry, kinds)),
+        device=False,
+        abi="numba",
+        cc=capability,
+        output="ltoir",
+        debug=False,
+        opt=True,
     )
-    arguments = [*_LINK_OPTIONS, f"-arch=sm_{capability[0]}{capability[1]}", *options]
-    linker = nvjitlink.create(len(arguments), arguments)
+    return _link(code, entry, f"sm_{capability[0]}{capability[1]}", *options)
+
+
+def _link(code: bytes, entry: str, architecture: str, *options: str) -> bytes:
+    arguments = [*_LINK_OPTIONS, f"-arch={architecture}", *options]
+    linker = None
     try:
+        linker = nvjitlink.create(len(arguments), arguments)
         nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), entry)
         nvjitlink.complete(linker)
         if "-ptx" in options:
@@ -82,36 +97,79 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
         else:
             linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
             nvjitlink.get_linked_cubin(linker, linked)
+    except nvjitlink.nvJitLinkError as error:
+        reason = ": ".join(filter(None, (str(error), _error_log(linker))))
+        raise RuntimeError(f"nvJitLink cannot link {entry} for {architecture}: {reason}") from error
     finally:
-        nvjitlink.destroy(linker)
+        if linker is not None:
+            nvjitlink.destroy(linker)
     return bytes(linked)
 
 
-def symbol(cubin: bytes) -> bytes:
-    """Return the name of the only kernel in a cubin: that of its section of code."""
-    names = {bytes(name) for name in re.findall(rb"\0\.text\.([^\0]+)", cubin)}
-    (name,) = names
-    return name
+def _error_log(linker: int | None) -> str:
+    log = bytearray()
+    if linker is not None:
+        with contextlib.suppress(nvjitlink.nvJitLinkError):
+            log = bytearray(nvjitlink.get_error_log_size(linker))
+            nvjitlink.get_error_log(linker, log)
+    lines = log.rstrip(b"\0").decode(errors="replace").splitlines()
+    return "; ".join(filter(None, map(str.strip, lines)))
 
 
 def _check(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(error)
-        raise RuntimeError(f"CUDA refuses: {name.decode() if name else error}")
+        _, description = driver.cuGetErrorString(error)
+        said = ": ".join(text.decode() for text in (name, description) if text)
+        raise RuntimeError(f"CUDA refuses: {said or error}")
     return values[0] if values else None
+
+
+def _compilers() -> list[Any]:
+    """Return what tells these compilers from others, as far as it can be told: that must not stop a step.
+
+    NVIDIA's come in wheels, or in the system's toolkit, of which Python's package managers know nothing; and
+    the numbers that its libraries give of themselves can stay the same in an update. So: their files, too.
+    """
+    found: list[Any] = [llvmlite.__version__, numba.__version__]
+    for ask in (
+        lambda: metadata.version("numba-cuda"),
+        lambda: cuda.config.CUDA_DEBUGINFO_DEFAULT,  # compiles the functions that a kernel calls otherwise
+        nvjitlink.version,
+        lambda: cubins.stamp(pathfinder.load_nvidia_dynamic_lib("nvJitLink").abs_path),
+        lambda: cubins.stamp(_path("nvvm")),
+        lambda: cubins.stamp(_path("libdevice")),
+    ):
+        try:
+            found.append(ask())
+        except Exception:  # whatever a search for libraries raises
+            found.append(None)
+    return found
+
+
+def _path(name: str) -> str:
+    """Return where Numba finds a part of the toolkit."""
+    from numba.cuda.cuda_paths import get_cuda_paths  # of its inner workings: an import that may fail
+
+    return str(get_cuda_paths()[name].info)
+
+
+def _cubin(entry: str, kinds: KernelTypes, capability: tuple[int, int]) -> bytes:
+    """Return a compiled kernel, from disk where the same compilers have compiled the same."""
+    key = repr((digest(), _compilers(), _LINK_OPTIONS, entry, kinds, capability))
+    return cubins.cached(
+        cubins.folder(cuda_loop.set_lr), key, lambda: compile_kernel(entry, kinds, capability)
+    )
 
 
 @cache
 def _kernel(entry: str, kinds: KernelTypes, device: int) -> Kernel:
     with cuda.gpus[device]:
         capability = tuple(cuda.gpus[device].compute_capability[:2])
-        key = repr((digest(), metadata.version("numba-cuda"), _LINK_OPTIONS, entry, kinds, capability))
-        cubin = cubins.cached(
-            cubins.folder(cuda_loop.set_lr), key, lambda: compile_kernel(entry, kinds, capability)
-        )
+        cubin = _cubin(entry, kinds, capability)
         module = _check(driver.cuModuleLoadData(np.frombuffer(cubin, np.uint8).ctypes.data))
-        return _check(driver.cuModuleGetFunction(module, symbol(cubin)))
+        return _check(driver.cuModuleGetFunction(module, cubins.symbol(cubin)))
 
 
 @cache

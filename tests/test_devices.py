@@ -50,6 +50,61 @@ def test_without_a_gpu(monkeypatch, status):
     assert str(caught.value) == f"device cuda needs CuPy and an NVIDIA GPU; CuPy here: {status}"
 
 
+# --- Backends that cannot run -------------------------------------------------------------------------------
+
+
+def failing(error, cause=None):
+    def load(name):
+        raise error from cause
+
+    return load
+
+
+NO_DRIVER = (
+    "Error at driver init: \n\nCUDA driver library cannot be found.\nEnsure that a compatible NVIDIA driver"
+    " is installed and available on your system path.\n:"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "status"),
+    [
+        (
+            ImportError(NO_DRIVER),
+            None,
+            "ImportError: Error at driver init: CUDA driver library cannot be found. Ensure that a compatible"
+            " NVIDIA driver is installed and available on your system path.",
+        ),
+        (
+            RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
+            None,
+            "RuntimeError: cudaErrorInsufficientDriver: CUDA driver version is insufficient",
+        ),
+        (
+            ImportError("\n======\nFailed to import CuPy.\n\nIf you installed CuPy via wheels ..."),
+            OSError("libnvrtc.so.13: no such file"),
+            "OSError: libnvrtc.so.13: no such file",
+        ),
+        (RuntimeError(""), None, "RuntimeError"),
+        (RuntimeError("\nword" * 100), None, "RuntimeError:" + " word" * 56 + " ..."),
+    ],
+    ids=["no driver", "CuPy, no driver", "CuPy, import", "nothing said", "a page"],
+)
+def test_why_a_backend_cannot_run(monkeypatch, error, cause, status):
+    monkeypatch.setattr(backends, "is_installed", lambda _: True)
+    monkeypatch.setattr(backends, "load", failing(error, cause))
+    assert backends.status() == dict.fromkeys(backends.NAMES, status)
+
+
+@pytest.mark.parametrize("name", ["cupy", "numba-cuda"])
+def test_status_here(name):
+    status = backends.status()[name]
+    assert "\n" not in status
+    assert status == status.strip(" :")
+    if name == "numba-cuda" and "Error at driver init" in status:
+        assert len(status) > len("CudaSupportError: Error at driver init: ")
+
+
 # --- The fake -----------------------------------------------------------------------------------------------
 
 

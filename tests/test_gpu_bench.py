@@ -265,6 +265,29 @@ def test_a_capture_that_fails_is_closed(monkeypatch):
     assert log[-3:] == ["step", "end", "exit"]
 
 
+# --- Releasing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("manager", [{}, {"deallocations": None}, {"deallocations": ["an array"]}], ids=str)
+def test_memory_that_numba_keeps_for_later_is_freed(monkeypatch, manager):
+    memory_manager = SimpleNamespace(**manager)
+    context = SimpleNamespace(deallocations=["a module"], memory_manager=memory_manager)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "numba.cuda", SimpleNamespace(current_context=lambda: context))
+    gpu._release_others()
+    assert context.deallocations == []
+    assert not getattr(memory_manager, "deallocations", None)
+
+
+def test_numba_keeps_pending_memory_there():
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda", exc_type=ImportError)
+    from numba.cuda.cudadrv import driver
+
+    pending = driver.NumbaCUDAMemoryManager(context=None).deallocations
+    pending.clear()
+    assert len(pending) == 0
+
+
 # --- On a GPU -----------------------------------------------------------------------------------------------
 
 
