@@ -348,16 +348,17 @@ class FusedAdam:
     ) -> Callable[[], None]:
         """Return the call that queues a step, counted by the state's clock where there is one."""
         captured = streams.is_captured(kernels, params, grads)
+        moments: Any = state._arrays
         if self._capturable:
             if state._clock is None:
                 state._clock = clocks.make(kernels, params, self._hyperparameters, c, state._step)
-            return kernels.plan_captured(params, grads, state._arrays, state._clock)
+            return kernels.plan_captured(params, grads, moments, state._clock)
         if captured:
             raise ValueError(
                 "stream must not be in capture: every replay would repeat this step number."
                 " Use FusedAdam(capturable=True)."
             )
-        return kernels.plan(params, grads, state._arrays, c.direction, c.decay, c.rule(state._step + 1))
+        return kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
 
     def _change(self, **values: Any) -> None:
         hyperparameters, clock = self._hyperparameters.changed(**values), self._state._clock
