@@ -69,7 +69,7 @@ def _steps(types: KernelTypes) -> str:
     moments = ", ".join(f"Real* state{k}" for k in range(n_states))
     buffers = f"Real* params, const Real* grads, {moments}, long long size, long long head, long long packs"
     count = "\n    if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
-    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK})'
+    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {grids.RESIDENT})'
 
     def body(coefficients: list[str], last: str = "") -> str:
         return f"""{{

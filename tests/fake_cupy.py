@@ -24,7 +24,7 @@ _PRELUDE = """
 struct Dimension { unsigned x; };
 static Dimension threadIdx, blockIdx, blockDim, gridDim;
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 extern "C" void place(unsigned block, unsigned thread, unsigned threads, unsigned blocks) {
     blockIdx.x = block, threadIdx.x = thread, blockDim.x = threads, gridDim.x = blocks;
 }

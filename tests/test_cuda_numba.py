@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import cuda_builds
 import pytest
+from cuda_builds import DTYPES, SM_80, SM_90, SM_100, Build
+from ptx import entries
 
-for _package in ("cuda.bindings.nvrtc", "cuda.bindings.nvjitlink", "cuda.pathfinder", "numba_cuda"):
-    pytest.importorskip(_package, reason=f"needs {_package} to compile for GPUs", exc_type=ImportError)
+from fastadam.kernels import cubins, cuda_numba
 
-import cuda_tools  # noqa: E402
-from oracles import FLAGS  # noqa: E402
-
-from fastadam.kernels import cubins, cuda_numba  # noqa: E402
-
-KINDS = cuda_tools.types_of("float32", FLAGS[0])
-
-needs_tools = pytest.mark.skipif(bool(cuda_tools.MISSING), reason=f"needs {' and '.join(cuda_tools.MISSING)}")
+KINDS, OTHER_KINDS = (Build("numba-cuda", "step", dtype, "plain").types for dtype in DTYPES)
 
 
 # --- The cache ----------------------------------------------------------------------------------------------
@@ -45,7 +40,10 @@ def test_compiled_once(compiled):
     assert compiled == [("set_lr", KINDS, (9, 0))]
     assert cuda_numba._cubin("set_lr", KINDS, (8, 0)) == b"cubin 2"
     assert cuda_numba._cubin("form_coefficients", KINDS, (9, 0)) == b"cubin 3"
-    assert cuda_numba._cubin("set_lr", cuda_tools.types_of("float64", FLAGS[0]), (9, 0)) == b"cubin 4"
+    assert (
+        cuda_numba._cubin("set_lr", Build("numba-cuda", "step", "float64", "plain").types, (9, 0))
+        == b"cubin 4"
+    )
 
 
 def other_stamp(name):
@@ -110,21 +108,21 @@ extern "C" __global__ void first(float* a) { *a = helper(*a); }
 SECOND = 'extern "C" __global__ void second(float* a) { *a = helper(1 + *a); }'
 
 
-@needs_tools
-@pytest.mark.parametrize("capability", [*cuda_tools.CAPABILITIES, (12, 0)], ids=str)
-def test_the_name_of_a_kernel(capability):
-    for entry in ("step", "set_lr"):
-        kernel = cuda_tools.numba_kernel(entry, KINDS, capability)
-        assert cubins.symbol(kernel.cubin) == kernel.name.encode()
+@pytest.mark.parametrize("entry", ["step", "set_lr"])
+@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100, (12, 0)], ids=str)
+def test_the_name_of_a_kernel(capability, entry):
+    build = Build("numba-cuda", entry, "float32", "plain", capability)
+    module = cuda_builds.text(cuda_builds._numba(entry, build.types, capability, "-ptx"))
+    (name,) = entries(module)
+    assert cubins.symbol(cuda_builds.cubin_of(build)) == name.encode()
 
 
-@needs_tools
-@pytest.mark.parametrize("capability", cuda_tools.CAPABILITIES, ids=str)
+@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100], ids=str)
 def test_a_subroutine_is_no_kernel(capability):
-    found = cuda_tools.nvrtc_kernels(SOURCE, capability)["first"].cubin
+    _, found = cuda_builds.compile_cuda(SOURCE, capability)
     assert b"helper" in found
     assert cubins.symbol(found) == b"first"
-    both = cuda_tools.nvrtc_kernels(SOURCE + SECOND, capability)["first"].cubin
+    _, both = cuda_builds.compile_cuda(SOURCE + SECOND, capability)
     with pytest.raises(RuntimeError, match=r"^cubin must have one entry point; got \[b'\w+', b'\w+'\]\.$"):
         cubins.symbol(both)
 
@@ -142,7 +140,7 @@ def test_a_subroutine_is_no_kernel(capability):
     ids=["junk", "cut short", "unknown GPU"],
 )
 def test_errors_of_the_linker(change, architecture, error, log):
-    (code,) = cuda_tools._nvrtc_outputs(SOURCE, (9, 0), ("-dlto",), "LTOIR")
+    (code,) = cuda_builds._nvrtc(SOURCE, SM_90, ("-dlto",), "LTOIR")
     with pytest.raises(RuntimeError) as caught:
         cuda_numba._link(change(code), "step_captured", architecture)
     message = rf"nvJitLink cannot link step_captured for {architecture}: ERROR_{error} \(\d+\){log}"

@@ -1,0 +1,223 @@
+"""PTX, read and run.
+
+- :func:`entries` and :func:`instructions`: the kernels of a module, and what one consists of.
+- :class:`Program`: runs a kernel, thread after thread, on NumPy scalars.
+- :class:`Memory`: traps what the memory of a GPU traps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Instruction(NamedTuple):
+    guard: str
+    """A predicate, perhaps behind an exclamation mark, or nothing."""
+
+    op: str
+    """With all its suffixes; of a label, its name, which begins with a dollar sign."""
+
+    operands: list[str]
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """Return the kernels of a module by name: the text from each name on."""
+    return {part.split("(", 1)[0].strip(): part for part in ptx.split(".entry")[1:]}
+
+
+def instructions(entry: str) -> list[Instruction]:
+    """Return the instructions and labels of a kernel, in their order."""
+    body = entry[entry.index("{") + 1 : entry.rindex("}")]
+    body = re.sub(r"//.*", "", body)
+    body = re.sub(r"\{ \.reg \.pred p; (.*) \}", r"\1", body)  # a scope of inline assembly
+    body = re.sub(r"(\$\w+):", r"\1 ;", body)
+    statements = filter(None, (statement.strip() for statement in body.split(";")))
+    return [_instruction(statement) for statement in statements if not statement.startswith(".")]
+
+
+def _instruction(statement: str) -> Instruction:
+    guard, op, operands = re.fullmatch(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", statement, re.DOTALL).groups()
+    return Instruction(guard or "", op, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands))
+
+
+def count(entry: str) -> Counter[str]:
+    """Return how often each instruction occurs in a kernel."""
+    return Counter(instruction.op for instruction in instructions(entry))
+
+
+# --- Memory -------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Arrays at addresses; access to anything else, or across its own alignment, is an error as on a GPU."""
+
+    def __init__(self) -> None:
+        self._arrays: list[tuple[int, np.ndarray]] = []
+
+    def add(self, array: np.ndarray, address: int | None = None) -> int:
+        """Place an array, at its own address if at no other; return the address."""
+        address = array.ctypes.data if address is None else address
+        self._arrays.append((address, array.view(np.uint8)))
+        return address
+
+    def load(self, address: int, n: int, dtype: type) -> list:
+        return list(self._find(address, n, dtype))
+
+    def store(self, address: int, dtype: type, *values) -> None:
+        assert all(type(value) is dtype for value in values), "a number of another type"
+        self._find(address, len(values), dtype)[:] = values
+
+    def _find(self, address: int, n: int, dtype: type) -> np.ndarray:
+        width = n * np.dtype(dtype).itemsize
+        assert address % width == 0, "misaligned address"
+        for first, content in self._arrays:
+            if first <= address and address + width <= first + content.size:
+                return content[address - first :][:width].view(dtype)
+        raise AssertionError("an illegal memory access was encountered")
+
+
+# --- Instructions -------------------------------------------------------------------------------------------
+
+U32, U64 = 2**32 - 1, 2**64 - 1
+TYPES = {"f32": "np.float32", "f64": "np.float64", "u64": "np.uint64"}
+
+
+def signed(value: int, bits: int = 64) -> int:
+    """Return what the lowest bits of a number say in two's complement."""
+    value &= 2**bits - 1
+    return value - (value >> (bits - 1) << bits)
+
+
+EXPRESSIONS = {
+    **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f64")},
+    **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "b64", "f32", "f64")},
+    "cvta.to.global.u64": "{0}",
+    "cvt.u64.u32": "{0}",
+    "cvt.u32.u64": "{0} & U32",
+    "cvt.s64.s32": "signed({0}, 32) & U64",
+    "cvt.rn.f32.f64": "np.float32({0})",
+    "add.s64": "({0} + {1}) & U64",
+    "sub.s64": "({0} - {1}) & U64",
+    "mul.lo.s64": "({0} * {1}) & U64",
+    "mul.wide.u32": "{0} * {1}",
+    "mul.wide.s32": "(signed({0}, 32) * signed({1}, 32)) & U64",
+    "shl.b64": "({0} << {1}) & U64",
+    "and.b64": "{0} & {1}",
+    "or.b64": "{0} | {1}",
+    "not.b64": "{0} ^ U64",
+    "or.b32": "{0} | {1}",
+    "neg.s64": "-{0} & U64",
+    "div.u32": "{0} // {1}",
+    "div.u64": "{0} // {1}",
+    "min.s64": "min({0}, {1}, key=signed)",
+    "max.s64": "max({0}, {1}, key=signed)",
+    "mul.f64": "{0} * {1}",  # to nearest as well, but it could be fused
+}
+"""What PTX computes, in Python: integers are unsigned of their width, floats are NumPy scalars.
+
+NumPy's ``+ - * /`` and ``sqrt`` of scalars are ``.rn`` without ``.ftz``.
+"""
+
+for _kind in ("f32", "f64"):
+    EXPRESSIONS[f"neg.{_kind}"] = "-{0}"
+    EXPRESSIONS[f"sqrt.rn.{_kind}"] = "np.sqrt({0})"
+    for _name, _symbol in {"add": "+", "sub": "-", "mul": "*", "div": "/"}.items():
+        EXPRESSIONS[f"{_name}.rn.{_kind}"] = f"{{0}} {_symbol} {{1}}"
+
+for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
+    for _kind in ("f32", "f64", "u64"):
+        EXPRESSIONS[f"setp.{_name}.{_kind}"] = f"{{0}} {_symbol} {{1}}"
+    for _bits in (32, 64):
+        EXPRESSIONS[f"setp.{_name}.s{_bits}"] = f"signed({{0}}, {_bits}) {_symbol} signed({{1}}, {_bits})"
+
+
+# --- Programs -----------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A kernel translated to Python.
+
+    Knows the instructions that kernels of this package consist of on sm_90, and refuses any other. (For newer
+    architectures, loads do not say whether they load floats.)
+    """
+
+    def __init__(self, entry: str) -> None:
+        code = instructions(entry)
+        labels = [instruction.op for instruction in code if instruction.op.startswith("$")]
+        self._blocks = {label: number for number, label in enumerate(labels, start=1)}
+        # A jump names a block and goes back to the top, from where all blocks before that one are skipped.
+        lines = ["def run(arguments, memory, special):", " block = 0", " while True:", "  if block <= 0:"]
+        for guard, op, operands in code:
+            if op in self._blocks:
+                lines.append(f"  if block <= {self._blocks[op]}:")
+                lines.append(f"   unreached.discard('{op}')")
+                continue
+            condition = guard.replace("!", "not ").replace("%", "")
+            statement = self._statement(op, operands)
+            lines.append(f"   if {condition}: {statement}" if guard else f"   {statement}")
+        self.unreached = set(labels)
+        """Labels that no thread has come to."""
+        scope = {"unreached": self.unreached, "np": np, "signed": signed, "U32": U32, "U64": U64}
+        exec("\n".join(lines), scope)
+        self._run = scope["run"]
+
+    def launch(self, blocks: int, threads: int, arguments: tuple, memory: Memory) -> None:
+        """Run all threads of a grid."""
+        for block in range(blocks):
+            for thread in range(threads):
+                self.thread(block, thread, blocks, threads, arguments, memory)
+
+    def thread(
+        self, block: int, thread: int, blocks: int, threads: int, arguments: tuple, memory: Memory
+    ) -> None:
+        """Run one thread; an int is passed in 64 bits, a NumPy scalar as it is."""
+        passed = [argument & U64 if type(argument) is int else argument for argument in arguments]
+        special = {"ctaid": block, "tid": thread, "nctaid": blocks, "ntid": threads}
+        with np.errstate(all="ignore"):
+            self._run(passed, memory, special)
+
+    def _statement(self, op: str, operands: list[str]) -> str:
+        """Return the Python of an instruction."""
+        name, *_, kind = op.split(".") if "." in op else (op, "")
+        if name == "bra":
+            return f"block = {self._blocks[operands[0]]}; continue"
+        if name == "ret":
+            return "return"
+        if op.startswith("ld.param.") and kind in TYPES:
+            (number,) = re.findall(r"_param_(\d+)\]", operands[1])
+            return f"{_value(operands[0])} = arguments[{number}]"
+        if op.startswith(("ld.global.", "st.global.")) and kind in TYPES:
+            return _access(name, kind, operands)
+        if op not in EXPRESSIONS:
+            raise NotImplementedError(f"PTX instruction {op}")
+        result, *values = map(_value, operands)
+        return f"{result} = {EXPRESSIONS[op].format(*values)}"
+
+
+def _access(name: str, kind: str, operands: list[str]) -> str:
+    """Return the Python of a load from, or a store to, global memory."""
+    registers, place = operands if name == "ld" else operands[::-1]
+    base, _, offset = place.strip("[]").partition("+")
+    address = f"({_value(base)} + {int(offset or 0)}) & U64"
+    values = [_value(register) for register in re.findall(r"[^{},\s]+", registers)]
+    integer = kind == "u64"
+    if name == "ld":
+        loaded = f"memory.load({address}, {len(values)}, {TYPES[kind]})"
+        return f"{', '.join(values)}, = {f'map(int, {loaded})' if integer else loaded}"
+    stored = ", ".join(f"np.uint64({value})" if integer else value for value in values)
+    return f"memory.store({address}, {TYPES[kind]}, {stored})"
+
+
+def _value(operand: str) -> str:
+    """Return the Python of an operand: a special register, an integer, or a register."""
+    if special := re.fullmatch(r"%(n?tid|n?ctaid)\.x", operand):
+        return f"special['{special[1]}']"
+    if re.fullmatch(r"-?\d+", operand):
+        return str(int(operand) & U64)
+    if register := re.fullmatch(r"%?([a-z]+\d*)", operand):
+        return register[1]
+    raise NotImplementedError(f"PTX operand {operand}")

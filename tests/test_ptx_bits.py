@@ -1,0 +1,204 @@
+"""The PTX of both backends, run on NumPy scalars: the bits of the rule, and addresses of 64 bits."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import numpy as np
+import pytest
+from cuda_builds import BACKENDS, DTYPES, EAGER_STEPS, EVERY_PART, Build, ptx_of
+from host_gpu import HostGpu, program
+from oracles import interpret
+from ptx import Memory, Program
+from tolerances import assert_same_bits
+
+from fastadam import bias_correction
+from fastadam.hyperparameters import Coefficients
+from fastadam.kernels import grids
+from fastadam.kernels.cuda import Clock
+
+LRS = [1e-3, 0.5]
+"""The learning rate of each step."""
+
+TOGETHER = [(0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (3, 3, 3, 3, 3)]
+APART = (0, 1, 0, 0, 0)
+"""Places of the buffers, in elements from a 16-byte boundary: so that packs are taken, and not."""
+
+BETAS = [(0.9, 0.999), (0.3, 0.99), (0.8, 0.4), (0.0, 0.5)]
+"""Of which each moving average takes a step from either end; kernels have code for each pair of ends."""
+
+RUNS = [
+    *zip(range(9), cycle([*TOGETHER, APART]), cycle(BETAS[::-1])),
+    *((23, places, betas) for places, betas in zip(cycle(TOGETHER), BETAS)),
+    *((23, APART, betas) for betas in BETAS),
+]
+"""Sizes, places and betas."""
+
+MOST = "amsgrad-maximize-adamw"
+"""A variant with as many instructions as there are."""
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+# --- Bits ---------------------------------------------------------------------------------------------------
+
+
+def problem(rng, dtype, size, steps):
+    """Numbers of all magnitudes, subnormal and not finite ones among them: (params, gradients)."""
+    finfo = np.finfo(dtype)
+    special = [0.0, -0.0, 1.0, finfo.tiny / 2, finfo.smallest_subnormal, finfo.max, -np.inf, np.nan]
+    shape = steps + 1, size
+    numbers = 10.0 ** rng.uniform(-12, 6, shape) * rng.standard_normal(shape)
+    numbers = np.where(rng.random(shape) < 0.3, rng.choice(special, shape), numbers)
+    with np.errstate(all="ignore"):
+        params, *gradients = numbers.astype(dtype)
+    return params, gradients
+
+
+def expect(h, params, gradients):
+    """Return [params, *states] after a step of each learning rate, by the rule on NumPy scalars."""
+    states = tuple(np.zeros_like(params) for _ in h.moments)
+    for step, (lr, grads) in enumerate(zip(LRS, gradients, strict=True), start=1):
+        params, states = interpret(h.changed(lr=lr), params, grads, states, step)
+    return [params, *states]
+
+
+def make_clock(gpu, types, h):
+    c = Coefficients(h, types.dtype)
+    beta1, beta2 = h.betas
+    return Clock(
+        gpu,
+        device=0,
+        stream=0,
+        types=types,
+        step=0,
+        lr=h.lr,
+        weight_decay=h.weight_decay,
+        coefficients=(*(c.decay or ()), *c.rule(1)),
+        corrections1=bias_correction.table(beta1),
+        inverse_corrections2=1 / bias_correction.table(beta2),
+    )
+
+
+def take_steps(gpu, build, h, params, gradients, places):
+    """Return [params, *states] after a step of each learning rate, by the PTX of a build."""
+    zeros = [np.zeros_like(params) for _ in h.moments]
+    buffers = zip([params, gradients[0], *zeros], places, strict=False)
+    param, grad, *states = (gpu.buffer(values, place) for values, place in buffers)
+    clock = make_clock(gpu, build.types, h) if build.entry == "step_captured" else None
+    for step, (lr, values) in enumerate(zip(LRS, gradients, strict=True), start=1):
+        grad.owner[:] = values
+        if clock is None:
+            c = Coefficients(h.changed(lr=lr), params.dtype)
+            gpu.plan(param, grad, states, c.direction, c.decay, c.rule(step))()
+        else:
+            clock.set_lr(lr, stream=0)
+            gpu.plan_captured(param, grad, states, clock)()
+            assert clock.step() == step
+    return [buffer.owner for buffer in (param, *states)]
+
+
+def assert_bits_of_the_rule(rng, build, programs=program):
+    for size, places, betas in RUNS:
+        h = build.hyperparameters.changed(betas=betas)
+        params, gradients = problem(rng, build.dtype, size, len(LRS))
+        found = take_steps(HostGpu(build, programs), build, h, params, gradients, places)
+        for k, (actual, wanted) in enumerate(zip(found, expect(h, params, gradients), strict=True)):
+            assert_same_bits(actual, wanted, f"buffers {k} at {size=}, {places=}, {betas=}")
+    assert programs(build).unreached == set(), "code that never ran"
+
+
+@pytest.mark.parametrize("build", EAGER_STEPS, ids=str)
+def test_bits_of_the_rule(rng, build):
+    assert_bits_of_the_rule(rng, build)
+
+
+@pytest.mark.parametrize("variant", EVERY_PART)
+@each_dtype
+@each_backend
+def test_captured_steps_have_the_bits_of_the_rule(rng, backend, dtype, variant):
+    assert_bits_of_the_rule(rng, Build(backend, "step_captured", dtype, variant))
+
+
+@pytest.mark.parametrize(
+    ("entry", "right", "wrong"),
+    [
+        ("step", "sub.rn.f32", "add.rn.f32"),
+        ("step", "sqrt.rn.f32", "neg.f32"),
+        ("step", "setp.lt.f32", "setp.gt.f32"),
+        ("form_coefficients", "div.rn.f64", "mul.rn.f64"),
+    ],
+)
+@each_backend
+def test_one_wrong_instruction_is_seen(rng, backend, entry, right, wrong):
+    def spoilt(build):
+        if build.entry != entry:
+            return program(build)
+        before, found, after = ptx_of(build).rpartition(f"{right} ")
+        assert found, "no such instruction"
+        return Program(f"{before}{wrong} {after}")
+
+    built = "step" if entry == "step" else "step_captured"
+    with pytest.raises(AssertionError, match="differ in"):
+        assert_bits_of_the_rule(rng, Build(backend, built, "float32", MOST), spoilt)
+
+
+# --- Addresses ----------------------------------------------------------------------------------------------
+
+BLOCKS, THREADS = 2**31 - 1, 1024
+"""The largest grid."""
+
+EVERYONE = BLOCKS * THREADS
+HEAD = 1
+
+
+def accesses(thread, packs, tail, lanes):
+    """Yield (first element, elements) of each access of a thread, as the kernels are meant to do it."""
+    for pack in range(thread, packs, EVERYONE):
+        yield HEAD + pack * lanes, lanes
+    for single in range(thread, HEAD + tail, EVERYONE):
+        yield (single if single < HEAD else single + packs * lanes), 1
+
+
+@pytest.mark.parametrize(
+    ("thread", "packs", "tail"),
+    [
+        (2**31 + 5, 2**31 + 6, 0),
+        (2**32 + 1, 2**32 + 2, 0),
+        (EVERYONE - 1, EVERYONE, 0),
+        (3, EVERYONE + 4, 0),  # comes round once
+        (2, 2**33, 2),  # a pack, and an element behind all packs
+        (0, 0, 2**33),
+        (2**32 + 3, 0, 2**33),
+    ],
+)
+@each_dtype
+@each_backend
+def test_addresses_are_of_64_bits(rng, backend, dtype, thread, packs, tail):
+    """One thread, at elements beyond 2**31, 2**32 and 2**40 of buffers: nothing else is in memory."""
+    build = Build(backend, "step", dtype, MOST)
+    c = Coefficients(build.hyperparameters, np.dtype(dtype))
+    itemsize = np.dtype(dtype).itemsize
+    lanes = grids.PACK // itemsize
+    params, gradients = problem(rng, dtype, lanes, 1)
+    zeros = [np.zeros(lanes, dtype) for _ in build.hyperparameters.moments]
+    new_params, new_states = interpret(build.hyperparameters, params, gradients[0], zeros, 1)
+    touched = list(accesses(thread, packs, tail, lanes))
+    assert touched
+
+    memory, pointers, seen = Memory(), [], []
+    before = [params, gradients[0], *zeros]
+    after = [new_params, gradients[0], *new_states]
+    for number, (values, wanted) in enumerate(zip(before, after, strict=True), start=1):
+        pointer = (number << 50) + grids.PACK - HEAD * itemsize
+        pointers.append(pointer)
+        for first, count in touched:
+            window = values[:count].copy()
+            memory.add(window, pointer + first * itemsize)
+            seen.append((window, wanted[:count]))
+    size = HEAD + packs * lanes + tail
+    arguments = (*pointers, size, HEAD, packs, *c.decay, *c.rule(1))
+    program(build).thread(*divmod(thread, THREADS), BLOCKS, THREADS, arguments, memory)
+    for window, wanted in seen:
+        assert_same_bits(window, wanted)
