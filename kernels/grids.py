@@ -14,8 +14,8 @@ BLOCK = 256
 """Threads of a block."""
 
 RESIDENT = 4
-"""Blocks that a multiprocessor should hold at once, at least: NVRTC then has 64 registers for a thread. Without
-a word on it, it spends fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
+"""Blocks that a multiprocessor should hold at once, at least: NVRTC then has 64 registers for a thread. Told
+nothing, it takes fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
 
 WAVES = 8
 """The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""
