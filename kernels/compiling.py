@@ -24,6 +24,7 @@ from types import FunctionType
 from typing import Any
 
 import numba
+from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
@@ -88,9 +89,27 @@ def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = Fal
 # strict=False: Numba's strict check compares annotations as well as names.
 
 
+def _selects_nothing(c: types.Type) -> bool:
+    return isinstance(c, types.NoneType)
+
+
 @overload(rules.update, jit_options=JIT_OPTIONS, strict=False)
-def _update(param: Any, grad: Any, state: Any, direction: Any, decay: Any, rule: Any) -> Any:
+def _update(param: Any, grad: Any, state: Any, c: Any) -> Any:
     return rules.update
+
+
+@overload(rules.split, jit_options=JIT_OPTIONS, strict=False)
+def _split(state: Any, c: Any) -> Any:
+    if _selects_nothing(c):
+        return lambda state, c: (state, None)
+    return lambda state, c: (state[:-1], state[-1])
+
+
+@overload(rules.join, jit_options=JIT_OPTIONS, strict=False)
+def _join(moments: Any, average: Any) -> Any:
+    if _selects_nothing(average):
+        return lambda moments, average: moments
+    return lambda moments, average: (*moments, average)
 
 
 @overload(rules.step_size, jit_options=JIT_OPTIONS, strict=False)
@@ -110,9 +129,14 @@ def _moving_average(average: Any, value: Any, beta: Any, one_minus_beta: Any) ->
 
 @overload(rules.transform, jit_options=JIT_OPTIONS, strict=False)
 def _transform(param: Any, grad: Any, c: Any) -> Any:
-    return rules.TRANSFORMS[getattr(c, "instance_class", type(None))]
+    return rules.TRANSFORMS[type(None) if _selects_nothing(c) else c.instance_class]
 
 
 @overload(rules.advance, jit_options=JIT_OPTIONS, strict=False)
 def _advance(param: Any, grad: Any, state: Any, c: Any) -> Any:
     return rules.RULES[c.instance_class]
+
+
+@overload(rules.track, jit_options=JIT_OPTIONS, strict=False)
+def _track(param: Any, average: Any, c: Any) -> Any:
+    return rules.AVERAGES[type(None) if _selects_nothing(c) else c.instance_class]

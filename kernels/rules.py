@@ -2,13 +2,15 @@
 
 This is the page to read. One call of :func:`update` computes the new value of *one* element, in this order:
 
-1. direction: turn the gradient around (``maximize``) or leave it;
-2. decay: L2 or decoupled weight decay, or none;
-3. rule: the moments and the parameter (:func:`adam`, :func:`amsgrad`).
+1. conditioning: unscale and clip the gradient, or leave it;
+2. direction: turn the gradient around (``maximize``) or leave it;
+3. decay: L2 or decoupled weight decay, or none;
+4. rule: the moments and the parameter (:func:`adam`, :func:`amsgrad`);
+5. average: follow the new parameter with a moving average, or not.
 
 Each part is a function of scalars and of a NamedTuple of coefficients, and the *type* of the coefficients
-selects the function: in plain Python by :func:`transform` and :func:`advance` below, in compiled code at
-compile time (:mod:`fastadam.kernels.compiling`). ``None`` in place of a direction or decay costs nothing.
+selects the function: in plain Python by :func:`transform`, :func:`advance` and :func:`track` below, in
+compiled code at compile time (:mod:`fastadam.kernels.compiling`). ``None`` in place of a part costs nothing.
 
 What is allowed here: ``+ - * /``, ``sqrt``, comparisons, conditional expressions, calls of functions of this
 page. These are correctly rounded on every machine, so every backend computes the same bits, as long as
@@ -46,12 +48,30 @@ def lr_times_weight_decay(lr: Scalar, weight_decay: Scalar) -> Scalar:
     return lr * weight_decay
 
 
-# --- Direction and decay: (param, grad, c) -> (param, grad) -------------------------------------------------
+# --- Conditioning, direction and decay: (param, grad, c) -> (param, grad) -----------------------------------
 
 
 def unchanged(param: Scalar, grad: Scalar, c: None) -> Transformed:
-    """Neither direction nor decay: what ``None`` selects."""
+    """No such part: what ``None`` selects."""
     return param, grad
+
+
+class Conditioning(NamedTuple):
+    """What makes the gradient of a loss from that of a scaled one. What is not asked for changes no bit."""
+
+    grad_scale: Scalar  # 1 without
+    clip_factor: Scalar  # from the global norm, at most 1; 1 without
+    max_value: Scalar  # inf without
+
+
+def condition(param: Scalar, grad: Scalar, c: Conditioning) -> Transformed:
+    """Unscale, clip by norm, clip by value; a NaN stays one.
+
+    Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", Algorithm 1.
+    """
+    grad = grad / c.grad_scale * c.clip_factor
+    grad = c.max_value if grad > c.max_value else grad
+    return param, -c.max_value if grad < -c.max_value else grad
 
 
 class Maximize(NamedTuple):
@@ -151,22 +171,61 @@ def amsgrad(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: AMSGrad) 
     return param - c.step_size * (exp_avg / denom), (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
+# --- Average of the parameter: (param, average, c) -> average -----------------------------------------------
+
+
+def untracked(param: Scalar, average: None, c: None) -> None:
+    """No average: what ``None`` selects."""
+    return average
+
+
+class Average(NamedTuple):
+    """An exponential moving average of the parameter."""
+
+    ema_decay: Scalar
+    one_minus_ema_decay: Scalar
+
+
+def exponential_average(param: Scalar, average: Scalar, c: Average) -> Scalar:
+    """Follow the parameter: ``ema_decay * average + (1 - ema_decay) * param``.
+
+    Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", with exponential weights.
+    """
+    return moving_average(average, param, c.ema_decay, c.one_minus_ema_decay)
+
+
 # --- One element --------------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[type, Callable[..., Transformed]] = {
     type(None): unchanged,
+    Conditioning: condition,
     Maximize: maximize,
     L2Decay: l2_decay,
     DecoupledDecay: decoupled_decay,
 }
-"""Coefficients type -> direction or decay."""
+"""Coefficients type -> conditioning, direction or decay."""
 
 RULES: dict[type, Callable[..., Advanced]] = {Adam: adam, AMSGrad: amsgrad}
 """Coefficients type -> rule."""
 
+AVERAGES: dict[type, Callable[..., Scalar]] = {type(None): untracked, Average: exponential_average}
+"""Coefficients type -> average."""
 
-def transform(param: Scalar, grad: Scalar, c: Maximize | L2Decay | DecoupledDecay | None) -> Transformed:
-    """Apply the direction or decay that the type of ``c`` selects."""
+
+class Update(NamedTuple):
+    """The coefficients of all that is done to one element, in the order in which it is done."""
+
+    conditioning: Conditioning | None
+    direction: Maximize | None
+    decay: L2Decay | DecoupledDecay | None
+    rule: Adam | AMSGrad
+    average: Average | None
+
+
+def transform(
+    param: Scalar, grad: Scalar, c: Conditioning | Maximize | L2Decay | DecoupledDecay | None
+) -> Transformed:
+    """Apply the conditioning, direction or decay that the type of ``c`` selects."""
     return TRANSFORMS[type(c)](param, grad, c)
 
 
@@ -175,15 +234,26 @@ def advance(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Adam | AM
     return RULES[type(c)](param, grad, state, c)
 
 
-def update(
-    param: Scalar,
-    grad: Scalar,
-    state: tuple[Scalar, ...],
-    direction: Maximize | None,
-    decay: L2Decay | DecoupledDecay | None,
-    rule: Adam | AMSGrad,
-) -> Advanced:
+def track(param: Scalar, average: Scalar | None, c: Average | None) -> Scalar | None:
+    """Apply the average that the type of ``c`` selects."""
+    return AVERAGES[type(c)](param, average, c)
+
+
+def split(state: tuple[Scalar, ...], c: Average | None) -> tuple[tuple[Scalar, ...], Scalar | None]:
+    """Return the moments and the average, which is the last of the state where there is one."""
+    return (state, None) if c is None else (state[:-1], state[-1])
+
+
+def join(moments: tuple[Scalar, ...], average: Scalar | None) -> tuple[Scalar, ...]:
+    """Undo :func:`split`."""
+    return moments if average is None else (*moments, average)
+
+
+def update(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Update) -> Advanced:
     """Compute the new parameter and state of one element."""
-    param, grad = transform(param, grad, direction)
-    param, grad = transform(param, grad, decay)
-    return advance(param, grad, state, rule)
+    moments, average = split(state, c.average)
+    param, grad = transform(param, grad, c.conditioning)
+    param, grad = transform(param, grad, c.direction)
+    param, grad = transform(param, grad, c.decay)
+    param, moments = advance(param, grad, moments, c.rule)
+    return param, join(moments, track(param, average, c.average))
