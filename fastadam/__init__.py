@@ -1,8 +1,10 @@
 """Compiled-kernel Adam: one fused pass over any flat buffer, the same bits everywhere."""
 
+from fastadam import schedules
+from fastadam.loss_scale import DynamicLossScale
 from fastadam.optimizer import FusedAdam
 from fastadam.warming import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedAdam", "__version__", "warmup"]
+__all__ = ["DynamicLossScale", "FusedAdam", "__version__", "schedules", "warmup"]

@@ -76,6 +76,21 @@ def block(beta: float, number: int) -> Corrections:
     return corrections
 
 
+@lru_cache(maxsize=16)
+def _powers(base: float, number: int) -> list[float]:
+    """Return the rounded powers of a block of exponents."""
+    with np.errstate(under="ignore"):
+        high, _ = _multiply(_first_powers(base), _power((base, 0.0), number * BLOCK))
+    powers: list[float] = high.tolist()
+    return powers
+
+
+def power(base: float, exponent: int) -> float:
+    """Return ``base ** exponent`` for a base in [0, 1] and a count: the same bits on every machine."""
+    number, place = divmod(exponent, BLOCK)
+    return _powers(base, number)[place]
+
+
 def table(beta: float) -> Corrections:
     """Return the corrections of the steps 1, 2, ... up to the first that is exactly 1, as are all after it.
 

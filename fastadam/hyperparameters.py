@@ -6,8 +6,6 @@ of the parameters.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,34 +14,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastadam import bias_correction
+from fastadam.checks import at_least_zero, real, require_flag
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import KernelTypes
 
 Floating: TypeAlias = np.dtype[np.floating[Any]]
 
 
-def _real(name: str, value: object) -> float:
-    # bool is a number to Python, never a hyperparameter to a person.
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            raise ValueError(f"{name} must be finite; got an integer beyond float64.") from None
-        if math.isfinite(number):
-            return number
-        raise ValueError(f"{name} must be finite; got {number}.")
-    raise TypeError(f"{name} must be a real number; got {type(value).__name__}.")
-
-
-def _at_least_zero(name: str, value: object) -> float:
-    number = _real(name, value)
-    if number < 0:
-        raise ValueError(f"{name} must be at least 0; got {number}.")
-    return number
-
-
 def _beta(name: str, value: object) -> float:
-    number = _real(name, value)
+    number = real(name, value)
     if not 0 <= number < 1:
         raise ValueError(f"{name} must be in [0, 1); got {number}.")
     return number
@@ -57,18 +36,11 @@ def _betas(_: str, value: object) -> tuple[float, float]:
     return _beta("betas[0]", value[0]), _beta("betas[1]", value[1])
 
 
-def require_flag(name: str, value: object) -> bool:
-    """Return a bool; raise TypeError if it is none."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}.")
-    return bool(value)
-
-
 _CHECKS: dict[str, Callable[[str, object], object]] = {
-    "lr": _at_least_zero,
+    "lr": at_least_zero,
     "betas": _betas,
-    "eps": _at_least_zero,
-    "weight_decay": _at_least_zero,
+    "eps": at_least_zero,
+    "weight_decay": at_least_zero,
     "decoupled_weight_decay": require_flag,
     "amsgrad": require_flag,
     "maximize": require_flag,

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from fastadam import backends, buffers, clocks, device_buffers, streams
-from fastadam.hyperparameters import Coefficients, Hyperparameters, require_flag
+from fastadam.checks import require_flag
+from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.state import State, plain, require_keys
 

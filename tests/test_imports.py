@@ -19,17 +19,17 @@ SOURCES = {
 
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
-    {"bias_correction", "kernels.forks", "kernels.grids", "kernels.rules", "kernels.storage"},
+    {"bias_correction", "checks", "kernels.forks", "kernels.grids", "kernels.rules", "kernels.storage"},
     {"kernels.__init__", "kernels.translation"},
     {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.threads"},
     {"kernels.cpu", "kernels.cuda_loop", "kernels.cuda_source"},
     {"kernels.cuda_cupy", "kernels.cuda_numba"},
-    {"backends", "hyperparameters"},
-    {"clocks", "streams"},
-    {"device_buffers"},
-    {"buffers"},
+    {"backends", "hyperparameters", "schedule"},
+    {"clocks", "decays", "streams"},
+    {"compositions", "device_buffers"},
+    {"buffers", "schedules"},
     {"state"},
-    {"optimizer"},
+    {"loss_scale", "optimizer"},
     {"warming"},
     {"__init__"},
     {"demo_model", "devices", "machine"},
@@ -138,5 +138,5 @@ def test_the_light_import_check_bites():
 
 
 def test_public_names():
-    assert fastadam.__all__ == ["FusedAdam", "__version__", "warmup"]
+    assert fastadam.__all__ == ["DynamicLossScale", "FusedAdam", "__version__", "schedules", "warmup"]
     assert all(hasattr(fastadam, name) for name in fastadam.__all__)
