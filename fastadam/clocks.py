@@ -10,8 +10,13 @@ LARGEST_BETA = 1 - 2.0**-18
 """Its table of bias corrections has 10 million entries, 78 MB; they grow as 1 / (1 - beta)."""
 
 
-def require_betas(hyperparameters: Hyperparameters) -> None:
-    """Raise ValueError if the bias corrections of all steps do not fit a table of reasonable size."""
+def require_possible(hyperparameters: Hyperparameters) -> None:
+    """Raise ValueError if the learning rates or bias corrections of all steps do not fit the GPU's memory."""
+    if callable(hyperparameters.lr):
+        raise ValueError(  # noqa: TRY004 - of its type it may be
+            "lr must be a number with capturable=True: a replayed step calls no schedule."
+            " Set opt.lr between replays."
+        )
     for k, beta in enumerate(hyperparameters.betas):
         if beta > LARGEST_BETA:
             raise ValueError(
@@ -28,9 +33,9 @@ def make(kernels: Cuda, like: DeviceBuffer, h: Hyperparameters, c: Coefficients,
         like.stream or 0,
         c.types,
         step=step,
-        lr=h.lr,
+        lr=c.lr,
         weight_decay=h.weight_decay,
-        coefficients=(*(c.decay or ()), *c.rule(1)),
+        coefficients=[value for part in c.update(1) if part for value in part],
         corrections1=bias_correction.table(h.betas[0]),
         inverse_corrections2=1 / bias_correction.table(h.betas[1]),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fastadam.kernels import rules
 from fastadam.kernels.cuda import KernelTypes
 
 Floating: TypeAlias = np.dtype[np.floating[Any]]
+
+Schedule: TypeAlias = Callable[[int], float]
+"""A learning rate as a function of the step number, counted from 1."""
 
 
 def _beta(name: str, value: object) -> float:
@@ -36,14 +39,36 @@ def _betas(_: str, value: object) -> tuple[float, float]:
     return _beta("betas[0]", value[0]), _beta("betas[1]", value[1])
 
 
+def _lr(name: str, value: object) -> float | Schedule:
+    return cast("Schedule", value) if callable(value) else at_least_zero(name, value)
+
+
+def _limit(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = real(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be greater than 0, or None; got {number}.")
+    return number
+
+
+def _ema_decay(name: str, value: object) -> float | None:
+    return None if value is None else _beta(name, value)
+
+
 _CHECKS: dict[str, Callable[[str, object], object]] = {
-    "lr": at_least_zero,
+    "lr": _lr,
     "betas": _betas,
     "eps": at_least_zero,
     "weight_decay": at_least_zero,
     "decoupled_weight_decay": require_flag,
     "amsgrad": require_flag,
     "maximize": require_flag,
+    "max_grad_norm": _limit,
+    "max_grad_value": _limit,
+    "skip_nonfinite": require_flag,
+    "ema_decay": _ema_decay,
+    "zero_grads": require_flag,
 }
 
 
@@ -53,8 +78,8 @@ class Hyperparameters:
 
     Parameters
     ----------
-    lr : float
-        Learning rate, at least 0.
+    lr : float or callable
+        Learning rate, at least 0, or a function of the step number, counted from 1.
     betas : tuple of float
         Decay rates of the first and second moment, each in [0, 1).
     eps : float
@@ -67,6 +92,14 @@ class Hyperparameters:
         Divide by the maximum of the second moments so far.
     maximize : bool
         Ascend.
+    max_grad_norm, max_grad_value : float or None
+        Clip the gradient to this global norm, and each of its elements to this magnitude; greater than 0.
+    skip_nonfinite : bool
+        Take no step where an element of the gradient is inf or NaN.
+    ema_decay : float or None
+        Of the average of the parameters, in [0, 1).
+    zero_grads : bool
+        Set the gradients to zero.
 
     Raises
     ------
@@ -76,17 +109,26 @@ class Hyperparameters:
         If a number is not finite or out of its range.
     """
 
-    lr: float = 1e-3
+    lr: float | Schedule = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False
     amsgrad: bool = False
     maximize: bool = False
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
+    skip_nonfinite: bool = False
+    ema_decay: float | None = None
+    zero_grads: bool = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return those that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def changed(self, **values: object) -> Hyperparameters:
         """Return a copy with some values changed; only those are checked, as every step may change ``lr``."""
@@ -96,9 +138,10 @@ class Hyperparameters:
         return copy
 
     @property
-    def moments(self) -> tuple[str, ...]:
-        """The names of the state that the rule keeps, in the order of the rule's ``state``."""
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+    def state(self) -> tuple[str, ...]:
+        """The names of what is kept of each element: the moments in the order of the rule, the average."""
+        moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+        return moments if self.ema_decay is None else (*moments, "param_ema")
 
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -139,44 +182,69 @@ class Coefficients:
 
     Attributes
     ----------
-    direction : Maximize or None
-    decay : L2Decay, DecoupledDecay or None
-        Of :mod:`fastadam.kernels.rules`.
-    types : KernelTypes
-        What a kernel is compiled for.
+    lr : float
+        Of the step whose :meth:`update` was asked for last, or of step 1.
+    types, scaled_types : KernelTypes
+        What a kernel is compiled for, without and with a ``grad_scale``.
+    reads_gradients_first, skips : bool
+        Whether a step takes a pass over all gradients before, and is not taken where one is inf or NaN.
+    clear : Clear or None
+        Whether the gradients are set to zero.
 
     Raises
     ------
-    ValueError
-        If a coefficient overflows in ``dtype`` or becomes zero in it.
+    TypeError, ValueError
+        If a coefficient overflows in ``dtype`` or becomes zero in it, or a schedule gives no learning rate.
     """
 
     def __init__(self, hyperparameters: Hyperparameters, dtype: Floating) -> None:
         h = hyperparameters
         beta1, beta2 = h.betas
         rounded = dtype.type
-        _require_range("lr", h.lr, dtype)
-        _require_range("lr / (1 - betas[0])", h.lr / (1 - beta1), dtype)
-        _require_range("eps", h.eps, dtype)
-
+        self._rounded = rounded
+        self._schedule = h.lr if callable(h.lr) else None
+        self._decoupled = h.weight_decay if h.decoupled_weight_decay and h.weight_decay > 0 else None
+        self._betas = h.betas
         self.dtype = dtype
-        self.direction = rules.Maximize() if h.maximize else None
+
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
-        if h.weight_decay > 0 and h.decoupled_weight_decay:
-            _require_range("lr * weight_decay", h.lr * h.weight_decay, dtype)
-            decay = rules.lr_times_weight_decay(h.lr, h.weight_decay)
-            self.decay = rules.DecoupledDecay(rounded(decay))
-        elif h.weight_decay > 0:
+        self._set_lr(_lr_at(h.lr, 1) if callable(h.lr) else h.lr)
+        _require_range("eps", h.eps, dtype)
+        if h.weight_decay > 0 and self._decoupled is None:
             _require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
+        self.direction = rules.Maximize() if h.maximize else None
         self._rule: type[rules.Adam] = rules.AMSGrad if h.amsgrad else rules.Adam
-        self.types = KernelTypes(dtype, len(h.moments), type(self.direction), type(self.decay), self._rule)
-
-        self._rounded = rounded
-        self._lr, self._betas = h.lr, h.betas
         self._averaging = (rounded(beta1), rounded(1 - beta1), rounded(beta2), rounded(1 - beta2))
         self._eps = rounded(h.eps)
         self._block: int | None = None
+        self.average: rules.Average | None = None
+        if h.ema_decay is not None:
+            self.average = rules.Average(rounded(h.ema_decay), rounded(1 - h.ema_decay))
+        self._max_norm, self._max_value = h.max_grad_norm, rounded(np.inf)
+        self._conditions = h.max_grad_norm is not None
+        if h.max_grad_value is not None:
+            _require_range("max_grad_value", h.max_grad_value, dtype)
+            self._max_value, self._conditions = rounded(h.max_grad_value), True
+        self.clear = rules.Clear() if h.zero_grads else None
+        self.types = KernelTypes.of(dtype, len(h.state), self.update(1), self.clear)
+        self.scaled_types = self.types._replace(conditioning=rules.Conditioning)
+        self.skips = h.skip_nonfinite
+        self.reads_gradients_first = h.skip_nonfinite or h.max_grad_norm is not None
+
+    def _set_lr(self, lr: float) -> None:
+        """Check a learning rate, and form what depends on nothing else."""
+        _require_range("lr", lr, self.dtype)
+        _require_range("lr / (1 - betas[0])", lr / (1 - self._betas[0]), self.dtype)
+        if self._decoupled is not None:
+            decay = rules.lr_times_weight_decay(lr, self._decoupled)
+            _require_range("lr * weight_decay", decay, self.dtype)
+            self.decay = rules.DecoupledDecay(self._rounded(decay))
+        self.lr = lr
+
+    def lr_of(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return self.lr if self._schedule is None else _lr_at(self._schedule, step)
 
     def rule(self, step: int) -> rules.Adam:
         """Return the rule's coefficients for step number ``step``, counted from 1."""
@@ -186,7 +254,61 @@ class Coefficients:
             self._corrections1 = _corrections(beta1, block)
             self._inverse_corrections2 = _inverse_corrections(beta2, block, self.dtype)
             self._block = block
-        step_size = self._rounded(rules.step_size(self._lr, self._corrections1[place]))
+        step_size = self._rounded(rules.step_size(self.lr, self._corrections1[place]))
         inv_bias_correction2 = self._inverse_corrections2[place]
         # What the NamedTuple's constructor does, in half of its time.
         return tuple.__new__(self._rule, (step_size, *self._averaging, inv_bias_correction2, self._eps))
+
+    def update(self, step: int, *, grad_scale: float | None = None, clip_factor: float = 1.0) -> rules.Update:
+        """Return all coefficients of step number ``step``.
+
+        Parameters
+        ----------
+        step : int
+            Counted from 1.
+        grad_scale : float, optional
+            What the gradients are divided by.
+        clip_factor : float
+            What they are multiplied with, then.
+        """
+        if self._schedule is not None:
+            self._set_lr(_lr_at(self._schedule, step))
+        conditioning = None
+        if self._conditions or grad_scale is not None:
+            scale = self._rounded(1.0 if grad_scale is None else grad_scale)
+            conditioning = rules.Conditioning(scale, self._rounded(clip_factor), self._max_value)
+        parts = (conditioning, self.direction, self.decay, self.rule(step), self.average)
+        return tuple.__new__(rules.Update, parts)
+
+    def clip_factor(self, norm: float) -> float:
+        """Return what takes a gradient of a norm to ``max_grad_norm``, at most 1; NaN for NaN.
+
+        As in ``torch.nn.utils.clip_grad_norm_``, 1e-6 is added to the norm.
+        """
+        if self._max_norm is None:
+            return 1.0
+        factor = self._max_norm / (norm + 1e-6)
+        return 1.0 if factor > 1 else factor
+
+
+def _lr_at(schedule: Schedule, step: int) -> float:
+    return at_least_zero(f"lr({step})", schedule(step))
+
+
+def require_grad_scale(grad_scale: object, dtype: Floating) -> float:
+    """Return a ``grad_scale`` as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is not a real number, nor an array or tensor of one in CPU memory.
+    ValueError
+        If it is not greater than 0, or not finite, or zero or inf in ``dtype``.
+    """
+    if getattr(grad_scale, "shape", None) == () and hasattr(grad_scale, "item"):  # a scalar tensor
+        grad_scale = grad_scale.item()  # type: ignore[attr-defined]
+    number = real("grad_scale", grad_scale)
+    if number <= 0:
+        raise ValueError(f"grad_scale must be greater than 0; got {number}.")
+    _require_range("grad_scale", number, dtype)
+    return number

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
+from math import sqrt
 from typing import Any, cast
+
+import numpy as np
 
 from fastadam import backends, buffers, clocks, device_buffers, streams
 from fastadam.checks import require_flag
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, require_grad_scale
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
+from fastadam.last_step import LastStep
 from fastadam.state import State, plain, require_keys
 
 
@@ -24,14 +28,15 @@ class FusedAdam:
             - \text{lr} \cdot \frac{m_t}{1 - \beta_1^t}
             \Big/ \Big( \sqrt{\frac{v_t}{1 - \beta_2^t}} + \text{eps} \Big)
 
-    The moments are allocated on the first step, and are all that it allocates: 8 bytes per float32 parameter
-    (12 with AMSGrad), on the device of the parameters. One optimizer may not step in two threads at once;
-    different optimizers may.
+    The moments are allocated on the first step, and are all that it allocates: 8 bytes per float32 parameter,
+    4 more with AMSGrad and 4 with the average of the parameters, on their device. One optimizer may not step
+    in two threads at once; different optimizers may.
 
     Parameters
     ----------
-    lr : float, default 1e-3
-        Learning rate, at least 0.
+    lr : float or callable, default 1e-3
+        Learning rate, at least 0, or a function of the step number, counted from 1, such as those of
+        :mod:`fastadam.schedules`.
     betas : tuple of float, default (0.9, 0.999)
         Decay rates of the first and the second moment, each in [0, 1).
     eps : float, default 1e-8
@@ -45,6 +50,18 @@ class FusedAdam:
         Divide by the root of the maximum of all second moments so far.
     maximize : bool, default False
         Ascend: the gradient is negated, before any weight decay.
+    max_grad_norm : float, optional
+        Clip the gradient to this global norm, greater than 0; the meaning is that of
+        ``torch.nn.utils.clip_grad_norm_``.
+    max_grad_value : float, optional
+        Clip each element of the gradient to this magnitude, greater than 0.
+    skip_nonfinite : bool, default False
+        Take no step where an element of the gradient is inf or NaN: nothing is written and nothing counted.
+    ema_decay : float, optional
+        Keep an exponential moving average of the parameters, ``state.param_ema``, with this decay, in [0, 1).
+        It starts with the parameters before the first step. See :meth:`swap_ema`.
+    zero_grads : bool, default False
+        Set the gradients to zero when a step has used them, or skipped them.
     backend : {None, "cpu", "cupy", "numba-cuda"}, default None
         What runs the steps. None chooses by the buffers of the first step: for arrays in GPU memory CuPy, or
         numba-cuda where CuPy is not installed.
@@ -58,7 +75,8 @@ class FusedAdam:
     TypeError
         If a hyperparameter is not of its type.
     ValueError
-        If a hyperparameter is not finite or out of its range, or there is no such backend.
+        If a hyperparameter is not finite or out of its range, there is no such backend, or a schedule is to
+        be captured.
     ImportError
         If the package that the backend needs is not installed.
 
@@ -94,7 +112,7 @@ class FusedAdam:
 
     def __init__(
         self,
-        lr: float = 1e-3,
+        lr: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -102,28 +120,55 @@ class FusedAdam:
         decoupled_weight_decay: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        zero_grads: bool = False,
         backend: str | None = None,
         capturable: bool = False,
     ) -> None:
         self._hyperparameters = Hyperparameters(
-            lr, betas, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            decoupled_weight_decay,
+            amsgrad,
+            maximize,
+            max_grad_norm,
+            max_grad_value,
+            skip_nonfinite,
+            ema_decay,
+            zero_grads,
         )
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
         if self._capturable:
-            clocks.require_betas(self._hyperparameters)
+            clocks.require_possible(self._hyperparameters)
         self._coefficients: Coefficients | None = None
         self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
+        self._last: LastStep | Coefficients | None = None  # the coefficients of a step say all of a plain one
+        self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._library = ""  # whose current stream the last capturable step took
 
-    def step(self, flat_params: object, flat_grads: object, *, stream: object = None) -> None:
+    def step(
+        self,
+        flat_params: object,
+        flat_grads: object,
+        *,
+        grad_scale: object = None,
+        stream: object = None,
+    ) -> None:
         """Advance the parameters by one step, in place.
 
         Reads ``flat_params``, ``flat_grads`` and the moments, writes ``flat_params`` and the moments: 28
-        bytes per float32 element. A call that raises has changed nothing; only what a signal handler raises,
-        such as ``KeyboardInterrupt``, may follow a step that was taken whole and counted.
+        bytes per float32 element. ``max_grad_norm`` and ``skip_nonfinite`` take a pass over ``flat_grads``
+        before: 4 bytes. ``ema_decay`` reads and writes 8 more, ``zero_grads`` writes 4. A call that raises
+        has changed nothing; only what a signal handler raises, such as ``KeyboardInterrupt``, may follow a
+        step that was taken whole and counted.
 
         On a GPU the step is queued, and the call returns: it waits for nothing, and copies nothing once the
         moments are there.
@@ -136,7 +181,10 @@ class FusedAdam:
             ``__array_interface__``, buffer protocol), such as a detached torch tensor. In GPU memory, aligned
             to its elements, CuPy's, Numba's or anything with ``__cuda_array_interface__`` or DLPack.
         flat_grads : array_like
-            The gradients, n elements of the same dtype on the same device, read only. May be read-only.
+            The gradients, n elements of the same dtype on the same device, read only; they may be read-only.
+            Written, too, with ``zero_grads``.
+        grad_scale : float, optional
+            What the loss was multiplied with, greater than 0: the gradients are divided by it.
         stream : optional
             The CUDA stream on which to queue the step: an object of any library, or the handle. Without it,
             the current stream of the library that made ``flat_params``, in the right order with that of
@@ -149,8 +197,9 @@ class FusedAdam:
             float32, float64, the parameters or the moments, or lies elsewhere than the parameters, the
             moments or the backend; or if ``stream`` is no stream.
         ValueError
-            If a buffer is not contiguous, the parameters are read-only, sizes differ, or buffers overlap; or
-            if the stream is being captured and the step could not be replayed.
+            If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
+            overlap; if ``grad_scale`` is out of its range; or if the stream is being captured and the step
+            could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
@@ -166,25 +215,42 @@ class FusedAdam:
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
-        on_device = isinstance(params, DeviceBuffer)
-        if on_device:
-            take = self._plan_on_device(kernels, state, params, grads, c)
-        else:
-            if self._prepared != c.types:
-                kernels.prepare(params, grads, moments, c.direction, c.decay, c.rule(1))
-                self._prepared = c.types
-            take = kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
+        scale = None if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
+        if isinstance(params, DeviceBuffer):
+            take = self._plan_on_device(kernels, state, params, grads, c, scale)
+            take()  # queued in a moment, or refused by CUDA: counted after
+            self._state, self._kernels, self._last = state, kernels, c
+            state.advance()
+            if self._capturable:
+                self._library = "" if stream is not None else device_buffers.library(flat_params)
+            return
 
-        # A step on the CPU runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is
-        # counted before. One on a GPU is queued in a moment, or refused by CUDA, so it is counted after.
-        if on_device:
-            take()
-        self._state, self._kernels = state, kernels
+        last: LastStep | Coefficients = c
+        clip_factor = 1.0
+        if c.reads_gradients_first:
+            last = self._look_at(kernels, grads, c, state, scale)
+            if last.skipped:
+                if c.clear is not None:
+                    cast("buffers.Array", grads)[:] = 0
+                self._last = last
+                return
+            clip_factor = last.clip_factor
+        types = c.types if scale is None else c.scaled_types
+        if self._prepared != types:
+            kernels.prepare(params, grads, moments, c.update(1, grad_scale=scale), c.clear)
+            self._prepared = types
+        update = c.update(state._step + 1, grad_scale=scale, clip_factor=clip_factor)
+        take = kernels.plan(params, grads, moments, update, c.clear)
+        # It runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is counted before.
+        self._state, self._kernels, self._last = state, kernels, last
         state.advance()
-        if not on_device:
-            take()
-        if self._capturable:
-            self._library = "" if stream is not None else device_buffers.library(flat_params)
+        take()
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """What the last call of :meth:`step` did; None before the first, and after a load or a reset."""
+        last = self._last
+        return LastStep(self._state.step, last.lr) if isinstance(last, Coefficients) else last
 
     @property
     def state(self) -> State:
@@ -208,7 +274,10 @@ class FusedAdam:
             (n,), in CPU memory whatever the backend. Plain arrays and numbers:
             ``numpy.savez(file, **opt.state_dict())`` stores it, and any backend resumes from it.
         """
-        return {**asdict(self._hyperparameters), **self._state.to_dict()}
+        values = self._hyperparameters.to_dict()
+        if callable(self.lr):
+            values["lr"] = float(self.lr(max(self._state.step, 1)))
+        return {**values, **self._state.to_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the hyperparameters, the moments and the step counter.
@@ -233,11 +302,14 @@ class FusedAdam:
             raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}.")
         entries = dict(state_dict)
         names = [field.name for field in fields(Hyperparameters)]
-        require_keys(entries, names)
-        hyperparameters = Hyperparameters(**{name: plain(entries.pop(name)) for name in names})
+        require_keys(entries, names[: names.index("max_grad_norm")])  # the others may be None, or newer
+        values = {name: plain(entries.pop(name)) for name in names if name in entries}
+        if callable(self.lr):
+            values["lr"] = self.lr
+        hyperparameters = Hyperparameters(**values)
         if self._capturable:
-            clocks.require_betas(hyperparameters)
-        state = State.from_dict(entries, hyperparameters.moments, self._state)
+            clocks.require_possible(hyperparameters)
+        state = State.from_dict(entries, hyperparameters.state, self._state)
         self._hyperparameters = hyperparameters
         self._replace_state(state)
 
@@ -251,16 +323,40 @@ class FusedAdam:
         """Whether the step counter and the learning rate are kept in GPU memory."""
         return self._capturable
 
+    def swap_ema(self, flat_params: object) -> None:
+        """Exchange the parameters and their average, in place: for an evaluation, and back after it.
+
+        Parameters
+        ----------
+        flat_params : array_like
+            As for :meth:`step`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`step` does for ``flat_params``, or if there is no average: without ``ema_decay``, or
+            before the first step.
+        """
+        params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
+        state = self._state
+        if state.param_ema is None:
+            raise ValueError(
+                "swap_ema must come after a step with ema_decay; got no average of the parameters."
+            )
+        buffers.require_same_layout("flat_params", params, "the state", state._arrays[-1])
+        buffers.require_disjoint("flat_params", params, "the state", state._block)
+        state.swap_last(params)
+
     @property
-    def lr(self) -> float:
-        """Learning rate; set it between steps.
+    def lr(self) -> float | Schedule:
+        """Learning rate, or the schedule that gives it; set it between steps.
 
         With ``capturable=True`` setting it is queued on the current stream, or that given to the last step.
         """
         return self._hyperparameters.lr
 
     @lr.setter
-    def lr(self, value: float) -> None:
+    def lr(self, value: float | Schedule) -> None:
         self._change(lr=value)
 
     @property
@@ -291,6 +387,47 @@ class FusedAdam:
         self._change(weight_decay=value)
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """Global norm to which gradients are clipped, or None; set it between steps."""
+        return self._hyperparameters.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._change(max_grad_norm=value)
+
+    @property
+    def max_grad_value(self) -> float | None:
+        """Magnitude to which the elements of gradients are clipped, or None; set it between steps."""
+        return self._hyperparameters.max_grad_value
+
+    @max_grad_value.setter
+    def max_grad_value(self, value: float | None) -> None:
+        self._change(max_grad_value=value)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether gradients with inf or NaN make no step; set it between steps."""
+        return self._hyperparameters.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._change(skip_nonfinite=value)
+
+    @property
+    def zero_grads(self) -> bool:
+        """Whether a step sets the gradients to zero; set it between steps."""
+        return self._hyperparameters.zero_grads
+
+    @zero_grads.setter
+    def zero_grads(self, value: bool) -> None:
+        self._change(zero_grads=value)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the average of the parameters, or None."""
+        return self._hyperparameters.ema_decay
+
+    @property
     def decoupled_weight_decay(self) -> bool:
         """Whether weight decay is AdamW's."""
         return self._hyperparameters.decoupled_weight_decay
@@ -310,7 +447,8 @@ class FusedAdam:
     ) -> tuple[buffers.Buffer, buffers.Buffer]:
         """View the arguments of a step as buffers that fit each other."""
         params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
-        grads = buffers.flat(flat_grads, "flat_grads", writable=False, backend=self._backend)
+        clears = self._hyperparameters.zero_grads
+        grads = buffers.flat(flat_grads, "flat_grads", writable=clears, backend=self._backend)
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
         if isinstance(params, DeviceBuffer) and isinstance(grads, DeviceBuffer):
@@ -332,7 +470,7 @@ class FusedAdam:
             if wanted != on_device:
                 memory = "GPU memory" if wanted else "CPU memory"
                 raise TypeError(f"flat_params must be in {memory} {reason}; got {buffers.place(params)}.")
-        kernels, names = backends.load(name), self._hyperparameters.moments
+        kernels, names = backends.load(name), self._hyperparameters.state
         if state._arrays:
             buffers.require_same_size("flat_params", params, "the state", state._arrays[0])
         if isinstance(params, DeviceBuffer):
@@ -342,24 +480,46 @@ class FusedAdam:
                     " Take one step before."
                 )
             return kernels, State.on_device(kernels, params, names, state)
-        return kernels, state if state._arrays else State(names, params.size, params.dtype, state.step)
+        if not state._arrays:
+            state = State(names, params.size, params.dtype, state.step)
+            if state.param_ema is not None:
+                state._views[-1][:] = params
+        return kernels, state
+
+    def _look_at(
+        self, kernels: Any, grads: buffers.Buffer, c: Coefficients, state: State, scale: float | None
+    ) -> LastStep:
+        """Take the pass over all gradients that clipping and skipping need."""
+        if self._scratch is None or self._scratch.size < kernels.scratch_size(grads.size):
+            self._scratch = np.empty(kernels.scratch_size(grads.size))
+        squares, nonfinite = kernels.measure(grads, self._scratch)
+        norm, step = sqrt(squares) / (1.0 if scale is None else scale), state._step
+        if c.skips and nonfinite:
+            return LastStep(step, c.lr_of(step + 1), norm, skipped=True)
+        return LastStep(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))
 
     def _plan_on_device(
-        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients
+        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients, scale: float | None
     ) -> Callable[[], None]:
         """Return the call that queues a step, counted by the state's clock where there is one."""
+        h = self._hyperparameters
+        for name in ("max_grad_norm", "skip_nonfinite"):
+            if getattr(h, name):
+                raise ValueError(f"{name} must not be asked for on a GPU, for now; got {getattr(h, name)}.")
         captured = streams.is_captured(kernels, params, grads)
         moments: Any = state._arrays
         if self._capturable:
+            if scale is not None:
+                raise ValueError(f"grad_scale must be None with capturable=True, for now; got {scale}.")
             if state._clock is None:
-                state._clock = clocks.make(kernels, params, self._hyperparameters, c, state._step)
+                state._clock = clocks.make(kernels, params, h, c, state._step)
             return kernels.plan_captured(params, grads, moments, state._clock)
         if captured:
             raise ValueError(
                 "stream must not be in capture: every replay would repeat this step number."
                 " Use FusedAdam(capturable=True)."
             )
-        return kernels.plan(params, grads, moments, c.direction, c.decay, c.rule(state._step + 1))
+        return kernels.plan(params, grads, moments, c.update(state._step + 1, grad_scale=scale), c.clear)
 
     def _change(self, **values: Any) -> None:
         hyperparameters, clock = self._hyperparameters.changed(**values), self._state._clock
@@ -373,19 +533,25 @@ class FusedAdam:
             coefficients = Coefficients(hyperparameters, clock.types.dtype)
             clock.set_lr(hyperparameters.lr, streams.for_lr(clock, self._library))
         elif self._capturable:
-            clocks.require_betas(hyperparameters)
+            clocks.require_possible(hyperparameters)
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
 
     def _replace_state(self, state: State) -> None:
         self._state = state
-        self._coefficients = self._prepared = self._kernels = None
+        self._coefficients = self._prepared = self._kernels = self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
-        return {**self.__dict__, "_coefficients": None, "_prepared": None, "_kernels": None}
+        nothing = dict.fromkeys(("_coefficients", "_prepared", "_kernels", "_scratch"))
+        return {**self.__dict__, "_last": self.last_step, **nothing}
 
     def __repr__(self) -> str:
-        values = asdict(self._hyperparameters)
+        h = self._hyperparameters
+        values = {
+            field.name: getattr(h, field.name)
+            for k, field in enumerate(fields(h))
+            if k < 7 or getattr(h, field.name) != field.default
+        }
         if self._backend is not None:
             values["backend"] = self._backend
         if self._capturable:

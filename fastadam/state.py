@@ -1,4 +1,4 @@
-"""What an optimizer remembers between steps: the moments and the step counter."""
+"""What an optimizer remembers between steps: the moments, an average of the parameters, the step counter."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _STAGGER = 64 * 1024 + _CACHE_LINE
 without the gap a step of 2**26 float32 elements can take twice as long (CONTRIBUTING.md)."""
 _STEPS = 2**53
 """Steps from here on are no exact floats any more; a counter never gets there."""
+_SWAPPED = 2**16
+"""Elements that are exchanged at a time: they stay in the cache."""
 _LARGE = 2**24
 """Bytes of a moment from which the gap helps: the moments do not fit a cache. In the cache it costs 10 %."""
 
@@ -93,6 +95,9 @@ class State:
             memory = kernels.to_device(image, like.device, stream)
         else:
             memory = kernels.zeros(total, like.device, stream)
+            if names[-1] == "param_ema":
+                last = kernels.address(memory) + starts[-1]
+                kernels.copy(last, like.pointer, nbytes, like.device, stream)
 
         def buffer(start: int, size: int, dtype: Any) -> DeviceBuffer:
             address = kernels.address(memory) + start
@@ -183,6 +188,26 @@ class State:
     def moments(self) -> dict[str, Any]:
         """A new dict of name -> view of the moment; empty before the first step."""
         return dict(zip(self._names, self.arrays, strict=True))
+
+    def swap_last(self, params: Buffer) -> None:
+        """Exchange the last array, the average of the parameters, with ``params``, block by block."""
+        last, kernels = self._arrays[-1], self._kernels
+        if kernels is not None:
+            kernels.swap(cast("DeviceBuffer", params), cast("DeviceBuffer", last))
+            return
+        mine, theirs = cast("buffers.Array", last), cast("buffers.Array", params)
+        block = np.empty(min(_SWAPPED, mine.size), mine.dtype)
+        for start in range(0, mine.size, _SWAPPED):
+            part = slice(start, start + _SWAPPED)
+            held = block[: mine[part].size]
+            held[:] = mine[part]
+            mine[part] = theirs[part]
+            theirs[part] = held
+
+    @property
+    def param_ema(self) -> Any:
+        """Average of the parameters, shape (n,), or None without ``ema_decay`` or before the first step."""
+        return self.moments.get("param_ema")
 
     @property
     def exp_avg(self) -> Any:

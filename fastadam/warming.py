@@ -38,6 +38,6 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     name = opt._backend or (backends.cuda() if opt.capturable else "cpu")
     kernels = backends.load(name)
     if name == "cpu":
-        kernels.warmup(c.dtype, c.types.n_states, c.direction, c.decay, c.rule(1))
+        kernels.warmup(c.dtype, c.types.n_states, c.update(1), c.clear)
     else:
         kernels.warmup(c.types, captured=opt.capturable)

@@ -101,14 +101,14 @@ def _update(param: Any, grad: Any, state: Any, c: Any) -> Any:
 @overload(rules.split, jit_options=JIT_OPTIONS, strict=False)
 def _split(state: Any, c: Any) -> Any:
     if _selects_nothing(c):
-        return lambda state, c: (state, None)
-    return lambda state, c: (state[:-1], state[-1])
+        return lambda state, c: (state, None)  # noqa: ARG005
+    return lambda state, c: (state[:-1], state[-1])  # noqa: ARG005
 
 
 @overload(rules.join, jit_options=JIT_OPTIONS, strict=False)
 def _join(moments: Any, average: Any) -> Any:
     if _selects_nothing(average):
-        return lambda moments, average: moments
+        return lambda moments, average: moments  # noqa: ARG005
     return lambda moments, average: (*moments, average)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numba import prange
@@ -17,7 +17,10 @@ from numba.extending import overload
 
 from . import rules, threads
 from .compiling import JIT_OPTIONS, jit
+from .norms import measure, scratch_size
 from .storage import load, store
+
+__all__ = ["PARALLEL_FROM", "measure", "name", "plan", "prepare", "scratch_size", "warmup"]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,10 +29,6 @@ name = "cpu"
 
 PARALLEL_FROM = 16_384
 """Elements from which the parallel loop is the faster one (``python -m bench.threshold``)."""
-
-
-class Clear(NamedTuple):
-    """Set the gradients to zero."""
 
 
 def _step_element(params: Any, grads: Any, states: Any, i: int, c: Any, clear: Any) -> None:
@@ -81,7 +80,7 @@ serial, parallel = jit(_make_plain), jit(_make_plain, parallel=True)
 whole_serial, whole_parallel = jit(_make_whole), jit(_make_whole, parallel=True)
 
 
-def _loops(c: rules.Update, clear: Clear | None) -> tuple[Any, Any, tuple[Any, ...]]:
+def _loops(c: rules.Update, clear: rules.Clear | None) -> tuple[Any, Any, tuple[Any, ...]]:
     """Return the serial and the parallel loop for an update, and their arguments after the arrays."""
     conditioning, direction, decay, rule, average = c
     if conditioning is None and average is None and clear is None:
@@ -90,7 +89,7 @@ def _loops(c: rules.Update, clear: Clear | None) -> tuple[Any, Any, tuple[Any, .
 
 
 def plan(
-    params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Clear | None = None
+    params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None = None
 ) -> Callable[[], None]:
     """Return the call that advances ``params`` and ``states`` by one step, in place.
 
@@ -123,7 +122,7 @@ def plan(
 
 
 def prepare(
-    params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Clear | None = None
+    params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None = None
 ) -> None:
     """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
     one, many, rest = _loops(c, clear)
@@ -131,7 +130,7 @@ def prepare(
     loop(params[:0], grads[:0], tuple(state[:0] for state in states), *rest)
 
 
-def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: Clear | None = None) -> None:
+def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
     empty = np.empty(0, dtype)
     read_only = empty[:]

@@ -25,6 +25,9 @@ Kernel: TypeAlias = Any
 Event: TypeAlias = Any
 """An event of the library."""
 
+_SWAPPED = 2**26
+"""Bytes that are exchanged at a time."""
+
 LEGACY_STREAM = (0, 1)
 """The two handles of the default stream that every other stream waits for."""
 
@@ -41,36 +44,38 @@ class DeviceBuffer(NamedTuple):
 
 
 class KernelTypes(NamedTuple):
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for: the dtype, and the types of the parts of :class:`rules.Update`."""
 
     dtype: np.dtype[Any]
     n_states: int
+    conditioning: type
     direction: type
     decay: type
     rule: type
+    average: type
+    clear: type
 
     @classmethod
     def of(
-        cls,
-        dtype: np.dtype[Any],
-        n_states: int,
-        direction: rules.Maximize | None,
-        decay: rules.L2Decay | rules.DecoupledDecay | None,
-        rule: rules.Adam | rules.AMSGrad,
+        cls, dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None
     ) -> KernelTypes:
         """Return the types of the arguments of a step."""
-        return cls(dtype, n_states, type(direction), type(decay), type(rule))
+        return cls(dtype, n_states, *map(type, c), type(clear))
 
     @property
     def of_clock(self) -> KernelTypes:
         """The same for kernels that know no rule: one for all rules of a dtype."""
-        nothing = type(None)
-        return KernelTypes(self.dtype, 0, nothing, nothing, nothing)
+        return KernelTypes(self.dtype, 0, *[type(None)] * 6)
+
+    @property
+    def parts(self) -> tuple[type, ...]:
+        """The types of the parts of an update, in their order."""
+        return self[2:7]
 
     @property
     def coefficients(self) -> tuple[str, ...]:
         """The names of the coefficients, in the order in which a kernel takes them."""
-        return (*getattr(self.decay, "_fields", ()), *getattr(self.rule, "_fields", ()))
+        return tuple(field for part in self.parts for field in getattr(part, "_fields", ()))
 
 
 class Cuda(ABC):
@@ -86,18 +91,19 @@ class Cuda(ABC):
         params: DeviceBuffer,
         grads: DeviceBuffer,
         states: Sequence[DeviceBuffer],
-        direction: rules.Maximize | None,
-        decay: rules.L2Decay | rules.DecoupledDecay | None,
-        rule: rules.Adam | rules.AMSGrad,
+        c: rules.Update,
+        clear: rules.Clear | None = None,
     ) -> Callable[[], None]:
         """Return the call that queues one step of ``params`` and ``states``, in place, on ``params.stream``.
 
-        The buffers are of one size, dtype and device, aligned to their elements, and do not overlap: the
-        caller checks. Memory traffic as on the CPU; nothing is allocated.
+        With ``clear`` it sets ``grads`` to zero. The buffers are of one size, dtype and device, aligned to
+        their elements, and do not overlap: the caller checks. Memory traffic as on the CPU; nothing is
+        allocated.
         """
-        types = KernelTypes.of(params.dtype, len(states), direction, decay, rule)
+        types = KernelTypes.of(params.dtype, len(states), c, clear)
         kernel = self.kernel("step", types, params.device)
-        return partial(self._queue, kernel, params, grads, states, (*(decay or ()), *rule), None)
+        coefficients = tuple(value for part in c if part for value in part)
+        return partial(self._queue, kernel, params, grads, states, coefficients, None)
 
     def plan_captured(
         self, params: DeviceBuffer, grads: DeviceBuffer, states: Sequence[DeviceBuffer], clock: Clock
@@ -138,6 +144,17 @@ class Cuda(ABC):
             self.launch(kernel, blocks, grids.BLOCK, arguments, device, stream)
 
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
+
+    def swap(self, one: DeviceBuffer, other: DeviceBuffer) -> None:
+        """Queue the exchange of the contents of two buffers on the stream of the first, block by block."""
+        device, stream, nbytes = one.device, one.stream or 0, one.size * one.dtype.itemsize
+        held = self.zeros(min(nbytes, _SWAPPED), device, stream)
+        place = self.address(held)
+        for start in range(0, nbytes, _SWAPPED):
+            length = min(_SWAPPED, nbytes - start)
+            self.copy(place, one.pointer + start, length, device, stream)
+            self.copy(one.pointer + start, other.pointer + start, length, device, stream)
+            self.copy(other.pointer + start, place, length, device, stream)
 
     def queue_between(self, stream: int, other: int, device: int, queue: Callable[[], None]) -> None:
         """Queue work on a stream, after what another one holds, and before what that one gets later."""
@@ -190,6 +207,10 @@ class Cuda(ABC):
     @abstractmethod
     def to_host(self, array: Array, device: int) -> np.ndarray[Any, Any]:
         """Copy an array from a device, when the device has done all its work."""
+
+    @abstractmethod
+    def copy(self, to: int, source: int, nbytes: int, device: int, stream: int) -> None:
+        """Queue a copy from one address to another of a device."""
 
     @abstractmethod
     def address(self, array: Array) -> int:

@@ -112,6 +112,11 @@ class CuPy(Cuda):
             host: np.ndarray[Any, Any] = cupy.asnumpy(array)
             return host
 
+    def copy(self, to: int, source: int, nbytes: int, device: int, stream: int) -> None:
+        with cupy.cuda.Device(device):
+            runtime = cupy.cuda.runtime
+            runtime.memcpyAsync(to, source, nbytes, runtime.memcpyDeviceToDevice, stream)
+
     def from_dlpack(self, array: object) -> Array:
         """View an array that exports nothing but DLPack."""
         return cupy.from_dlpack(array)

@@ -7,8 +7,10 @@ numba-cuda runs the same functions over NumPy arrays, all but :func:`load_packs`
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import cuda, types
 from numba.extending import overload
@@ -19,18 +21,19 @@ from .cuda import KernelTypes
 from .grids import PACK
 from .storage import load, store
 
-# --- Lanes: tuples of one element each, (param, grad, *state) in and (param, *state) out --------------------
+# --- Lanes: tuples of one element each, (param, grad, *state) in, (param, *state) out; with a gradient to be
+# cleared, (param, grad, *state) out.
 
 
-def update_lane(lane: Any, direction: Any, decay: Any, rule: Any) -> Any:
+def update_lane(lane: Any, c: Any, clear: Any) -> Any:
     """Update one element."""
-    param, state = rules.update(lane[0], lane[1], lane[2:], direction, decay, rule)
-    return (param, *state)
+    param, state = rules.update(lane[0], lane[1], lane[2:], c)
+    return (param, *state) if clear is None else (param, type(param)(0), *state)
 
 
-def update_lanes(lanes: Any, direction: Any, decay: Any, rule: Any) -> Any:
+def update_lanes(lanes: Any, c: Any, clear: Any) -> Any:
     """Update each element of a pack."""
-    return tuple(update_lane(lane, direction, decay, rule) for lane in lanes)
+    return tuple(update_lane(lane, c, clear) for lane in lanes)
 
 
 def pick(values: Any, places: tuple[int, ...]) -> Any:
@@ -39,18 +42,28 @@ def pick(values: Any, places: tuple[int, ...]) -> Any:
 
 
 @overload(update_lane, jit_options=JIT_OPTIONS, strict=False)
-def _update_lane(lane: Any, direction: Any, decay: Any, rule: Any) -> Any:
-    return update_lane
+def _update_lane(lane: Any, c: Any, clear: Any) -> Any:
+    if isinstance(clear, types.NoneType):
+
+        def keep(lane: Any, c: Any, clear: Any) -> Any:
+            param, state = rules.update(lane[0], lane[1], lane[2:], c)
+            return (param, *state)
+
+        return keep
+    zero = {types.float32: np.float32(0), types.float64: np.float64(0)}[lane.dtype]
+
+    def clear_gradient(lane: Any, c: Any, clear: Any) -> Any:
+        param, state = rules.update(lane[0], lane[1], lane[2:], c)
+        return (param, zero, *state)
+
+    return clear_gradient
 
 
 @overload(update_lanes, jit_options=JIT_OPTIONS, strict=False)
-def _update_lanes(lanes: Any, direction: Any, decay: Any, rule: Any) -> Any:
+def _update_lanes(lanes: Any, c: Any, clear: Any) -> Any:
     if len(lanes) == 1:
-        return lambda lanes, direction, decay, rule: (update_lane(lanes[0], direction, decay, rule),)
-    return lambda lanes, direction, decay, rule: (
-        update_lane(lanes[0], direction, decay, rule),
-        *update_lanes(lanes[1:], direction, decay, rule),
-    )
+        return lambda lanes, c, clear: (update_lane(lanes[0], c, clear),)
+    return lambda lanes, c, clear: (update_lane(lanes[0], c, clear), *update_lanes(lanes[1:], c, clear))
 
 
 @overload(pick, jit_options=JIT_OPTIONS, strict=False)
@@ -118,6 +131,41 @@ if hasattr(cuda, "extending"):
 # --- Kernels ------------------------------------------------------------------------------------------------
 
 
+def _make_part(kind: type, start: int, stop: int) -> Any:
+    """Return the device function: all coefficients -> one part of an update."""
+    if kind is type(None):
+
+        def part(values: Any) -> Any:
+            return None
+
+    elif start == stop:
+
+        def part(values: Any) -> Any:
+            return kind()
+
+    else:
+
+        def part(values: Any) -> Any:
+            return kind(*values[start:stop])
+
+    return cuda.jit(device=True)(part)
+
+
+def _make_update(kinds: KernelTypes) -> Any:
+    """Return the device function: all coefficients -> :class:`rules.Update`."""
+    stops = list(accumulate(len(getattr(kind, "_fields", ())) for kind in kinds.parts))
+    starts = [0, *stops[:-1]]
+    conditioning, direction, decay, rule, average = map(_make_part, kinds.parts, starts, stops)
+
+    @cuda.jit(device=True)
+    def make_update(values: Any) -> Any:
+        return rules.Update(
+            conditioning(values), direction(values), decay(values), rule(values), average(values)
+        )
+
+    return make_update
+
+
 def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     """Return the kernel ``step`` or ``step_captured``.
 
@@ -127,30 +175,27 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     """
     lanes = PACK // kinds.dtype.itemsize
     places = tuple(range(len(kinds.coefficients)))
-    of_decay = len(getattr(kinds.decay, "_fields", ()))
-    make_direction = None if kinds.direction is type(None) else kinds.direction
-    make_decay = None if kinds.decay is type(None) else kinds.decay
-    make_rule = kinds.rule
+    clear = None if kinds.clear is type(None) else True
+    make_update = _make_update(kinds)
 
     @cuda.jit(device=True)
     def step_elements(
         params: Any, grads: Any, states: Any, size: int, head: int, packs: int, values: Any
     ) -> None:
-        direction = None if make_direction is None else make_direction()
-        decay = None if make_decay is None else make_decay(*values[:of_decay])
-        rule = make_rule(*values[of_decay:])
-        read, written = (params, grads, *states), (params, *states)
+        c = make_update(values)
+        read = (params, grads, *states)
+        written = (params, *states) if clear is None else read
 
         k = cuda.grid(1)
         while k < packs:
             i = head + k * lanes
-            store_packs(written, i, update_lanes(load_packs(read, i), direction, decay, rule))
+            store_packs(written, i, update_lanes(load_packs(read, i), c, clear))
             k += cuda.gridsize(1)
 
         k = cuda.grid(1)
         while k < size - packs * lanes:
             i = k if k < head else k + packs * lanes
-            store(written, i, update_lane(load(read, i), direction, decay, rule))
+            store(written, i, update_lane(load(read, i), c, clear))
             k += cuda.gridsize(1)
 
     def step(

@@ -230,6 +230,10 @@ class NumbaCuda(Cuda):
             host: np.ndarray[Any, Any] = array.copy_to_host()
             return host
 
+    def copy(self, to: int, source: int, nbytes: int, device: int, stream: int) -> None:
+        with cuda.gpus[device]:
+            _check(driver.cuMemcpyDtoDAsync(to, source, nbytes, stream))
+
     def address(self, array: Array) -> int:
         return int(array.__cuda_array_interface__["data"][0])
 

@@ -31,16 +31,20 @@ def source(types: KernelTypes) -> str:
 
     With 1 to 3 states it has ``step`` and ``step_captured``; with none, ``form_coefficients`` and ``set_lr``.
     """
-    dtype, n_states, direction, decay, rule = types
     loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
-    if not n_states:
+    if not types.n_states:
         schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
-        return "\n\n".join([_TYPES[dtype.name], loop, *schedule, _CLOCK])
-    transforms = {kind: rules.TRANSFORMS[kind] for kind in (direction, decay)}
-    equation = translate(
-        rules.update, {rules.transform: transforms, rules.advance: {rule: rules.RULES[rule]}}
-    )
-    return "\n\n".join([_TYPES[dtype.name], loop, equation, _steps(types)])
+        return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, _CLOCK])
+    transforms = (types.conditioning, types.direction, types.decay)
+    choices = {
+        rules.transform: {kind: rules.TRANSFORMS[kind] for kind in transforms},
+        rules.advance: {types.rule: rules.RULES[types.rule]},
+        rules.track: {types.average: rules.AVERAGES[types.average]},
+        rules.split: {},
+        rules.join: {},
+    }
+    equation = translate(rules.update, choices)
+    return "\n\n".join([_TYPES[types.dtype.name], loop, equation, _steps(types)])
 
 
 _CLOCK = """
@@ -60,29 +64,31 @@ extern "C" __global__ void set_lr(double* lr, double value) { *lr = value; }
 
 
 def _steps(types: KernelTypes) -> str:
-    _, n_states, *kinds = types
-    direction, decay, rule = ("None" if kind is type(None) else kind.__name__ for kind in kinds)
-    of_decay = len(getattr(types.decay, "_fields", ()))
+    kinds = ["None" if kind is type(None) else kind.__name__ for kind in types.parts]
+    members = " ".join(f"{kind} {name};" for kind, name in zip(kinds, rules.Update._fields, strict=True))
     values = [f"c{k}" for k in range(len(types.coefficients))]
     stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
 
-    moments = ", ".join(f"Real* state{k}" for k in range(n_states))
-    buffers = f"Real* params, const Real* grads, {moments}, long long size, long long head, long long packs"
+    moments = ", ".join(f"Real* state{k}" for k in range(types.n_states))
+    grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
+    buffers = f"Real* params, {grads}, {moments}, long long size, long long head, long long packs"
     count = "\n    if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
     kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {grids.RESIDENT})'
 
     def body(coefficients: list[str], last: str = "") -> str:
+        left = iter(coefficients)
+        parts = [[next(left) for _ in getattr(kind, "_fields", ())] for kind in types.parts]
         return f"""{{
-    Real* const states[] = {{{", ".join(f"state{k}" for k in range(n_states))}}};
-    const {direction} direction{{}};
-    const {decay} decay{{{", ".join(coefficients[:of_decay])}}};
-    const {rule} rule{{{", ".join(coefficients[of_decay:])}}};
+    Real* const states[] = {{{", ".join(f"state{k}" for k in range(types.n_states))}}};
+    const Update c{{{", ".join(f"{{{', '.join(part)}}}" for part in parts)}}};
     step_elements(params, grads, states, size, head, packs, [&](Real param, Real grad, auto state) {{
-        return update(param, grad, state, direction, decay, rule);
+        return update(param, grad, state, c);
     }});{last}
 }}"""
 
     return f"""
+struct Update {{ {members} }};
+
 {kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body(values)}
 
 {kernel} step_captured({buffers}, const Real* coefficients, long long* step) {body(stored, count)}

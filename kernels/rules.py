@@ -212,6 +212,10 @@ AVERAGES: dict[type, Callable[..., Scalar]] = {type(None): untracked, Average: e
 """Coefficients type -> average."""
 
 
+class Clear(NamedTuple):
+    """Set the gradient to zero when it was used; not part of the equation."""
+
+
 class Update(NamedTuple):
     """The coefficients of all that is done to one element, in the order in which it is done."""
 

@@ -74,22 +74,50 @@ template <class... Values> struct Tuple;
 template <class A> struct Tuple<A> { A _0; };
 template <class A, class B> struct Tuple<A, B> { A _0; B _1; };
 template <class A, class B, class C> struct Tuple<A, B, C> { A _0; B _1; C _2; };
+template <class A, class B, class C, class D> struct Tuple<A, B, C, D> { A _0; B _1; C _2; D _3; };
 
 template <class... Values> DEVICE Tuple<Values...> tuple(Values... values) { return {values...}; }
 
 DEVICE auto pack_state(const Real (&a)[1]) { return tuple(a[0]); }
 DEVICE auto pack_state(const Real (&a)[2]) { return tuple(a[0], a[1]); }
 DEVICE auto pack_state(const Real (&a)[3]) { return tuple(a[0], a[1], a[2]); }
+DEVICE auto pack_state(const Real (&a)[4]) { return tuple(a[0], a[1], a[2], a[3]); }
 
 DEVICE void unpack_state(Tuple<Real> state, Real (&a)[1]) { a[0] = state._0; }
 DEVICE void unpack_state(Tuple<Real, Real> state, Real (&a)[2]) { a[0] = state._0, a[1] = state._1; }
 DEVICE void unpack_state(Tuple<Real, Real, Real> state, Real (&a)[3]) {
     a[0] = state._0, a[1] = state._1, a[2] = state._2;
 }
+DEVICE void unpack_state(Tuple<Real, Real, Real, Real> state, Real (&a)[4]) {
+    a[0] = state._0, a[1] = state._1, a[2] = state._2, a[3] = state._3;
+}
+
+// The moments and the average, which is the last of the state where there is one.
+
+struct None {};
+
+template <class... Moments> DEVICE auto split(Tuple<Moments...> state, None) { return tuple(state, None{}); }
+template <class A, class B, class C, class Average> DEVICE auto split(Tuple<A, B, C> state, Average) {
+    return tuple(tuple(state._0, state._1), state._2);
+}
+template <class A, class B, class C, class D, class Average> DEVICE auto split(Tuple<A, B, C, D> state, Average) {
+    return tuple(tuple(state._0, state._1, state._2), state._3);
+}
+
+template <class... Moments> DEVICE auto join(Tuple<Moments...> moments, None) { return moments; }
+template <class A, class B> DEVICE auto join(Tuple<A, B> moments, Real average) {
+    return tuple(moments._0, moments._1, average);
+}
+template <class A, class B, class C> DEVICE auto join(Tuple<A, B, C> moments, Real average) {
+    return tuple(moments._0, moments._1, moments._2, average);
+}
 
 // --- The loop ------------------------------------------------------------------------------------------------
 
 constexpr int LANES = 16 / sizeof(Scalar);
+
+template <class Value> struct IsMutable { static constexpr bool value = true; };
+template <class Value> struct IsMutable<const Value> { static constexpr bool value = false; };
 
 struct alignas(16) Pack {
     Real lane[LANES];
@@ -97,10 +125,11 @@ struct alignas(16) Pack {
 
 // Updates [head, head + packs * LANES) in packs, and the elements before and after one by one. Where the buffers
 // are not aligned to 16 bytes together, packs is 0. Any number of threads makes the same bits: no element knows
-// of another.
-template <int STATES, class Update>
-DEVICE void step_elements(Real* params, const Real* grads, Real* const (&states)[STATES], long long size,
+// of another. Gradients that are not const are set to zero.
+template <int STATES, class Grad, class Update>
+DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATES], long long size,
                           long long head, long long packs, Update update_element) {
+    constexpr bool CLEAR = IsMutable<Grad>::value;
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
 
@@ -124,6 +153,7 @@ DEVICE void step_elements(Real* params, const Real* grads, Real* const (&states)
             for (int s = 0; s < STATES; ++s) state[s].lane[lane] = now[s];
         }
         *reinterpret_cast<Pack*>(params + i) = param;
+        if constexpr (CLEAR) *reinterpret_cast<Pack*>(grads + i) = Pack{};
 #pragma unroll
         for (int s = 0; s < STATES; ++s) *reinterpret_cast<Pack*>(states[s] + i) = state[s];
     }
@@ -137,6 +167,7 @@ DEVICE void step_elements(Real* params, const Real* grads, Real* const (&states)
         auto [new_param, new_state] = update_element(params[i], grads[i], pack_state(now));
         unpack_state(new_state, now);
         params[i] = new_param;
+        if constexpr (CLEAR) grads[i] = Real{};
 #pragma unroll
         for (int s = 0; s < STATES; ++s) states[s][i] = now[s];
     }

@@ -43,7 +43,8 @@ def translate(function: Function, choices: Mapping[Function, Mapping[type, Funct
     function : callable
         A Python function of scalars, tuples of scalars and coefficients.
     choices : mapping
-        Functions that the type of their last argument selects: function -> type -> what it selects.
+        Functions that the type of their last argument selects: function -> type -> what it selects; nothing
+        where ``kernels/step.cu`` has them.
 
     Raises
     ------
@@ -65,6 +66,8 @@ class _Translation:
     def define(self, function: Function) -> None:
         if function in self.definitions:
             return
+        if function in self.choices and not self.choices[function]:
+            return
         if function not in self.choices:
             code = _Body(self, function).translate()
             self.definitions[function] = code
@@ -78,7 +81,8 @@ class _Translation:
     def _overload(self, function: Function, coefficients: type, selected: Function) -> str:
         struct = "None" if coefficients is type(None) else coefficients.__name__
         members = "".join(f"Real {field}; " for field in getattr(coefficients, "_fields", ()))
-        self.definitions.setdefault(coefficients, f"struct {struct} {{ {members}}};")
+        if coefficients is not type(None):
+            self.definitions.setdefault(coefficients, f"struct {struct} {{ {members}}};")
         self.define(selected)
         names = list(inspect.signature(function).parameters)
         parameters = ", ".join([*(f"auto {name}" for name in names[:-1]), f"{struct} {names[-1]}"])

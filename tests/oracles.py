@@ -92,17 +92,21 @@ def interpret(
     step: int,
     update=rules.update,
     coefficients=Coefficients,
+    **scales,
 ):
-    """Return the new parameters and states of one step, computed with NumPy scalars of ``params.dtype``."""
+    """Return the new parameters and states of one step, computed with NumPy scalars of ``params.dtype``.
+
+    ``scales`` are ``grad_scale`` and ``clip_factor``.
+    """
     c = coefficients(hyperparameters, params.dtype)
     new_params = np.empty_like(params)
     new_states = tuple(np.empty_like(state) for state in states)
     # math.sqrt of an np.float32 is a float64; np.sqrt rounds to float32, correctly.
     with mock.patch.object(rules, "sqrt", np.sqrt), np.errstate(all="ignore"):
-        rule = c.rule(step)
+        parts = c.update(step, **scales)
         for i in range(params.size):
             state = tuple(array[i] for array in states)
-            new, state = update(params[i], grads[i], state, c.direction, c.decay, rule)
+            new, state = update(params[i], grads[i], state, parts)
             assert new.dtype == params.dtype, "the rule promoted"
             new_params[i] = new
             for array, value in zip(new_states, state, strict=True):
@@ -112,7 +116,7 @@ def interpret(
 
 def interpret_steps(hyperparameters: Hyperparameters, params, gradients):
     """Return parameters and states after a step with each of ``gradients``, from zero states."""
-    states = tuple(np.zeros_like(params) for _ in hyperparameters.moments)
+    states = tuple(np.zeros_like(params) for _ in hyperparameters.state)
     for number, grads in enumerate(gradients, start=1):
         params, states = interpret(hyperparameters, params, grads, states, number)
     return params, states

@@ -19,10 +19,20 @@ SOURCES = {
 
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
-    {"bias_correction", "checks", "kernels.forks", "kernels.grids", "kernels.rules", "kernels.storage"},
+    {
+        "bias_correction",
+        "checks",
+        "last_step",
+        "kernels.forks",
+        "kernels.grids",
+        "kernels.rules",
+        "kernels.storage",
+    },
     {"kernels.__init__", "kernels.translation"},
     {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.threads"},
-    {"kernels.cpu", "kernels.cuda_loop", "kernels.cuda_source"},
+    {"kernels.chunks", "kernels.cuda_loop", "kernels.cuda_source"},
+    {"kernels.norms"},
+    {"kernels.cpu"},
     {"kernels.cuda_cupy", "kernels.cuda_numba"},
     {"backends", "hyperparameters", "schedule"},
     {"clocks", "decays", "streams"},
