@@ -92,7 +92,7 @@ def problem(rng, dtype, size, steps):
 
 
 def kinds(h, c, dtype):
-    return KernelTypes.of(np.dtype(dtype), len(h.moments), c.direction, c.decay, c.rule(1))
+    return c.types
 
 
 def layouts(size, itemsize):
@@ -105,7 +105,7 @@ def layouts(size, itemsize):
 
 def coefficients(h, dtype, step):
     c = Coefficients(h, np.dtype(dtype))
-    return tuple(value for part in (c.decay or (), c.rule(step)) for value in part)
+    return tuple(value for part in c.update(step) if part for value in part)
 
 
 def eager_jobs(rng, flags, dtype):
@@ -120,7 +120,7 @@ def eager_jobs(rng, flags, dtype):
                 "layout": (size, *layout),
                 "params": params.copy(),  # pickle would keep one array one
                 "gradients": gradients,
-                "states": tuple(np.zeros(size, dtype) for _ in h.moments),
+                "states": tuple(np.zeros(size, dtype) for _ in h.state),
                 "coefficients": [coefficients(h, dtype, step) for step in (1, 2)],
             }
 
@@ -144,7 +144,7 @@ def captured_job(rng, flags, dtype):
         "layout": (size, *grids.packs([4 * 2], params.itemsize, size)),
         "params": params,
         "gradients": gradients,
-        "states": tuple(np.zeros(size, dtype) for _ in h.moments),
+        "states": tuple(np.zeros(size, dtype) for _ in h.state),
         "lrs": LRS,
         "step": np.array([0]),
         "lr": np.array([np.nan]),

@@ -85,7 +85,7 @@ def test_more_than_2_to_the_31_elements(rng, how, monkeypatch):
         monkeypatch.setattr(cpu, "PARALLEL_FROM", n + 1)
     elif how == "pool":
         monkeypatch.setattr(threads, "numba_is_safe", lambda: False)
-    cpu.plan(params, grads, tuple(states), c.direction, c.decay, c.rule(7))()
+    cpu.plan(params, grads, tuple(states), c.update(7))()
 
     expected = interpret(h, before[0], before[1], tuple(before[2:]), 7)
     np.testing.assert_array_equal(params[-tail:], expected[0])

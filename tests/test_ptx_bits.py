@@ -58,7 +58,7 @@ def problem(rng, dtype, size, steps):
 
 def expect(h, params, gradients):
     """Return [params, *states] after a step of each learning rate, by the rule on NumPy scalars."""
-    states = tuple(np.zeros_like(params) for _ in h.moments)
+    states = tuple(np.zeros_like(params) for _ in h.state)
     for step, (lr, grads) in enumerate(zip(LRS, gradients, strict=True), start=1):
         params, states = interpret(h.changed(lr=lr), params, grads, states, step)
     return [params, *states]
@@ -75,7 +75,7 @@ def make_clock(gpu, types, h):
         step=0,
         lr=h.lr,
         weight_decay=h.weight_decay,
-        coefficients=(*(c.decay or ()), *c.rule(1)),
+        coefficients=[value for part in c.update(1) if part for value in part],
         corrections1=bias_correction.table(beta1),
         inverse_corrections2=1 / bias_correction.table(beta2),
     )
@@ -83,7 +83,7 @@ def make_clock(gpu, types, h):
 
 def take_steps(gpu, build, h, params, gradients, places):
     """Return [params, *states] after a step of each learning rate, by the PTX of a build."""
-    zeros = [np.zeros_like(params) for _ in h.moments]
+    zeros = [np.zeros_like(params) for _ in h.state]
     buffers = zip([params, gradients[0], *zeros], places, strict=False)
     param, grad, *states = (gpu.buffer(values, place) for values, place in buffers)
     clock = make_clock(gpu, build.types, h) if build.entry == "step_captured" else None
@@ -91,7 +91,7 @@ def take_steps(gpu, build, h, params, gradients, places):
         grad.owner[:] = values
         if clock is None:
             c = Coefficients(h.changed(lr=lr), params.dtype)
-            gpu.plan(param, grad, states, c.direction, c.decay, c.rule(step))()
+            gpu.plan(param, grad, states, c.update(step), c.clear)()
         else:
             clock.set_lr(lr, stream=0)
             gpu.plan_captured(param, grad, states, clock)()
