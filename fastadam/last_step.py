@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class LastStep:
-    """What the last call of ``step`` did.
-
-    Attributes
-    ----------
-    step : int
-        Steps taken so far.
-    lr : float
-        Learning rate.
-    grad_norm : float or None
-        Global norm of the gradient, unscaled, before clipping; None where nothing asked for it.
-    clip_factor : float
-        What the gradient was multiplied with, at most 1.
-    skipped : bool
-        Whether no step was taken, for an element of the gradient was inf or NaN.
-    """
+class Done(NamedTuple):
+    """The fields of :class:`LastStep`."""
 
     step: int
     lr: float
     grad_norm: float | None = None
     clip_factor: float = 1.0
     skipped: bool = False
+
+
+class LastStep:
+    """What the last call of ``step`` did.
+
+    On a GPU, what was decided there is read when it is asked for: that waits for the device. Nothing else does.
+
+    Parameters
+    ----------
+    read : callable
+        Returns the fields; called at most once.
+    """
+
+    def __init__(self, read: Callable[[], Done]) -> None:
+        self._read = read
+
+    @cached_property
+    def _done(self) -> Done:
+        return self._read()
+
+    @property
+    def step(self) -> int:
+        """Steps taken until then, with this one if it was taken."""
+        return self._done.step
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+        return self._done.lr
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the gradient, unscaled, before clipping; None where nothing asked for it."""
+        return self._done.grad_norm
+
+    @property
+    def clip_factor(self) -> float:
+        """What the gradient was multiplied with to clip its norm, at most 1."""
+        return self._done.clip_factor
+
+    @property
+    def skipped(self) -> bool:
+        """Whether no step was taken, for an element of the gradient was inf or NaN."""
+        return self._done.skipped
+
+    def __eq__(self, other: object) -> bool:
+        return self._done == other._done if isinstance(other, LastStep) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (self._done,)
+
+    def __repr__(self) -> str:
+        return f"LastStep{repr(self._done).removeprefix('Done')}"
+
+
+def _restore(done: Done) -> LastStep:
+    return LastStep(lambda: done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from math import sqrt
 from typing import Any, cast
 
@@ -12,8 +13,9 @@ import numpy as np
 from fastadam import backends, buffers, clocks, device_buffers, streams
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, require_grad_scale
-from fastadam.kernels.cuda import Cuda, DeviceBuffer
-from fastadam.last_step import LastStep
+from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
+from fastadam.kernels.cuda_clock import Clock
+from fastadam.last_step import Done, LastStep
 from fastadam.state import State, plain, require_keys
 
 
@@ -150,7 +152,8 @@ class FusedAdam:
         self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
-        self._last: LastStep | Coefficients | None = None  # the coefficients of a step say all of a plain one
+        # What is known of the last step: its coefficients, if it was a plain one, or its number on the clock.
+        self._last: Done | Coefficients | int | None = None
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._library = ""  # whose current stream the last capturable step took
 
@@ -215,17 +218,18 @@ class FusedAdam:
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
-        scale = None if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
         if isinstance(params, DeviceBuffer):
-            take = self._plan_on_device(kernels, state, params, grads, c, scale)
+            take = self._plan_on_device(kernels, state, params, grads, c, grad_scale)
             take()  # queued in a moment, or refused by CUDA: counted after
             self._state, self._kernels, self._last = state, kernels, c
             state.advance()
-            if self._capturable:
+            if state._clock is not None:
+                self._last = state._clock.attempts - 1
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
             return
 
-        last: LastStep | Coefficients = c
+        scale = None if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
+        last: Done | Coefficients = c
         clip_factor = 1.0
         if c.reads_gradients_first:
             last = self._look_at(kernels, grads, c, state, scale)
@@ -249,8 +253,13 @@ class FusedAdam:
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of :meth:`step` did; None before the first, and after a load or a reset."""
-        last = self._last
-        return LastStep(self._state.step, last.lr) if isinstance(last, Coefficients) else last
+        last, clock = self._last, self._state._clock
+        if last is None:
+            return None
+        if isinstance(last, int):
+            return LastStep(partial(clocks.done, cast("Clock", clock), last))
+        done = Done(self._state._step, last.lr) if isinstance(last, Coefficients) else last
+        return LastStep(lambda: done)
 
     @property
     def state(self) -> State:
@@ -488,52 +497,56 @@ class FusedAdam:
 
     def _look_at(
         self, kernels: Any, grads: buffers.Buffer, c: Coefficients, state: State, scale: float | None
-    ) -> LastStep:
+    ) -> Done:
         """Take the pass over all gradients that clipping and skipping need."""
         if self._scratch is None or self._scratch.size < kernels.scratch_size(grads.size):
             self._scratch = np.empty(kernels.scratch_size(grads.size))
         squares, nonfinite = kernels.measure(grads, self._scratch)
         norm, step = sqrt(squares) / (1.0 if scale is None else scale), state._step
         if c.skips and nonfinite:
-            return LastStep(step, c.lr_of(step + 1), norm, skipped=True)
-        return LastStep(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))
+            return Done(step, c.lr_of(step + 1), norm, c.clip_factor(norm), skipped=True)
+        return Done(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))
 
     def _plan_on_device(
-        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients, scale: float | None
+        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients, grad_scale: Any
     ) -> Callable[[], None]:
-        """Return the call that queues a step, counted by the state's clock where there is one."""
-        h = self._hyperparameters
-        for name in ("max_grad_norm", "skip_nonfinite"):
-            if getattr(h, name):
-                raise ValueError(f"{name} must not be asked for on a GPU, for now; got {getattr(h, name)}.")
+        """Return the call that queues a step, on the state's clock where something is decided on the device."""
         captured = streams.is_captured(kernels, params, grads)
+        scale = _scale_on_device(grad_scale, params, c)
         moments: Any = state._arrays
-        if self._capturable:
-            if scale is not None:
-                raise ValueError(f"grad_scale must be None with capturable=True, for now; got {scale}.")
-            if state._clock is None:
-                state._clock = clocks.make(kernels, params, h, c, state._step)
-            return kernels.plan_captured(params, grads, moments, state._clock)
-        if captured:
-            raise ValueError(
-                "stream must not be in capture: every replay would repeat this step number."
-                " Use FusedAdam(capturable=True)."
-            )
-        return kernels.plan(params, grads, moments, c.update(state._step + 1, grad_scale=scale), c.clear)
+        on_clock = self._capturable or c.reads_gradients_first or isinstance(scale, DeviceBuffer)
+        if not on_clock and state._clock is None:
+            if captured:
+                raise ValueError(
+                    "stream must not be in capture: every replay would repeat this step number."
+                    " Use FusedAdam(capturable=True)."
+                )
+            update = c.update(state._step + 1, grad_scale=scale)
+            return kernels.plan(params, grads, moments, update, c.clear)
+
+        h = self._hyperparameters
+        types = c.types if scale is None else c.scaled_types
+        state._clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step)
+        look = Look(1.0 if scale is None else scale, h.max_grad_norm, h.skip_nonfinite)
+        return kernels.plan_on_clock(params, grads, moments, state._clock, look)
 
     def _change(self, **values: Any) -> None:
-        hyperparameters, clock = self._hyperparameters.changed(**values), self._state._clock
-        coefficients = None
-        if clock is not None:
-            for name in values.keys() - {"lr"}:
-                raise ValueError(
-                    f"{name} must stay {getattr(self, name)} once a capturable step was taken; got"
-                    f" {values[name]}. Only lr may change, until reset."
-                )
-            coefficients = Coefficients(hyperparameters, clock.types.dtype)
-            clock.set_lr(hyperparameters.lr, streams.for_lr(clock, self._library))
-        elif self._capturable:
+        hyperparameters, state = self._hyperparameters.changed(**values), self._state
+        coefficients, clock = None, state._clock
+        if self._capturable:
             clocks.require_possible(hyperparameters)
+        if clock is not None:
+            if self._capturable:
+                for name in values.keys() - {"lr"}:
+                    raise ValueError(
+                        f"{name} must stay {getattr(self, name)} once a capturable step was taken; got"
+                        f" {values[name]}. Only lr may change, until reset."
+                    )
+            coefficients = Coefficients(hyperparameters, clock.types.dtype)
+            if values.keys() == {"lr"} and not callable(self.lr) and not callable(hyperparameters.lr):
+                clock.set_lr(hyperparameters.lr, streams.for_lr(clock, self._library))
+            else:
+                state.leave_clock()
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
 
     def _replace_state(self, state: State) -> None:
@@ -543,7 +556,8 @@ class FusedAdam:
     def __getstate__(self) -> dict[str, Any]:
         # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
         nothing = dict.fromkeys(("_coefficients", "_prepared", "_kernels", "_scratch"))
-        return {**self.__dict__, "_last": self.last_step, **nothing}
+        last = self.last_step
+        return {**self.__dict__, **nothing, "_last": None if last is None else last._done}
 
     def __repr__(self) -> str:
         h = self._hyperparameters
@@ -557,3 +571,20 @@ class FusedAdam:
         if self._capturable:
             values["capturable"] = True
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def _scale_on_device(grad_scale: Any, params: DeviceBuffer, c: Coefficients) -> float | DeviceBuffer | None:
+    """Return a ``grad_scale`` as a float, or where it lies on the device of the parameters."""
+    if grad_scale is None:
+        return None
+    if not hasattr(grad_scale, "__cuda_array_interface__"):
+        return require_grad_scale(grad_scale, c.dtype)
+    scale = cast("DeviceBuffer", buffers.flat(grad_scale, "grad_scale", writable=False))
+    if scale.size != 1:
+        raise ValueError(f"grad_scale must have one element; got {scale.size}.")
+    if scale.device != params.device:
+        raise TypeError(
+            f"grad_scale must be on the device of flat_params ({buffers.place(params)});"
+            f" got {buffers.place(scale)}. Pass a copy."
+        )
+    return scale

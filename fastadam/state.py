@@ -10,7 +10,8 @@ import numpy as np
 
 from fastadam import buffers
 from fastadam.buffers import Buffer
-from fastadam.kernels.cuda import Clock, Cuda, DeviceBuffer
+from fastadam.kernels.cuda import Cuda, DeviceBuffer
+from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.grids import PACK
 
 _CACHE_LINE = 64
@@ -188,6 +189,10 @@ class State:
     def moments(self) -> dict[str, Any]:
         """A new dict of name -> view of the moment; empty before the first step."""
         return dict(zip(self._names, self.arrays, strict=True))
+
+    def leave_clock(self) -> None:
+        """Count on the host again; waits for the device."""
+        self._step, self._clock = self.step, None
 
     def swap_last(self, params: Buffer) -> None:
         """Exchange the last array, the average of the parameters, with ``params``, block by block."""

@@ -6,7 +6,8 @@ import numbers
 import sys
 from typing import Any
 
-from fastadam.kernels.cuda import Clock, Cuda, DeviceBuffer, same_stream
+from fastadam.kernels.cuda import Cuda, DeviceBuffer, same_stream
+from fastadam.kernels.cuda_clock import Clock
 
 
 def current(library: str, device: int) -> int | None:

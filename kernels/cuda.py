@@ -10,11 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from . import grids, rules
+
+if TYPE_CHECKING:
+    from .cuda_clock import Clock
 
 Array: TypeAlias = Any
 """An array of the library in device memory."""
@@ -78,6 +81,23 @@ class KernelTypes(NamedTuple):
         return tuple(field for part in self.parts for field in getattr(part, "_fields", ()))
 
 
+CLOCK_ENTRIES = ("form_coefficients", "set_lr", "measure", "decide")
+"""The kernels that know no rule."""
+
+
+class Look(NamedTuple):
+    """What a step on a clock must know before it writes."""
+
+    grad_scale: float | DeviceBuffer = 1.0  # what the gradients are divided by, or where that lies
+    max_grad_norm: float | None = None
+    skips: bool = False  # takes no step where a gradient is inf or NaN
+
+    @property
+    def reads_gradients_first(self) -> bool:
+        """Whether it takes a pass over the gradients."""
+        return self.skips or self.max_grad_norm is not None
+
+
 class Cuda(ABC):
     """One way to run steps on NVIDIA GPUs."""
 
@@ -105,22 +125,28 @@ class Cuda(ABC):
         coefficients = tuple(value for part in c if part for value in part)
         return partial(self._queue, kernel, params, grads, states, coefficients, None)
 
-    def plan_captured(
-        self, params: DeviceBuffer, grads: DeviceBuffer, states: Sequence[DeviceBuffer], clock: Clock
+    def plan_on_clock(
+        self,
+        params: DeviceBuffer,
+        grads: DeviceBuffer,
+        states: Sequence[DeviceBuffer],
+        clock: Clock,
+        look: Look,
     ) -> Callable[[], None]:
         """Return what :meth:`plan` does, with a step number and a learning rate that lie on the device.
 
         What the call queues may be captured in a CUDA graph.
         """
         kernel = self.kernel("step_captured", clock.types, params.device)
-        return partial(self._queue, kernel, params, grads, states, clock.arguments, clock)
+        prepare = clock.plan(grads, look, params.stream or 0)
+        return partial(self._queue, kernel, params, grads, states, clock.arguments, prepare)
 
     def warmup(self, types: KernelTypes, *, captured: bool) -> None:
         """Compile, or load from the disk cache, the kernels for the current device."""
         device = self.current_device()
         self.kernel("step_captured" if captured else "step", types, device)
         if captured:
-            for entry in Clock.ENTRIES:
+            for entry in CLOCK_ENTRIES:
                 self.kernel(entry, types.of_clock, device)
 
     def _queue(
@@ -130,7 +156,7 @@ class Cuda(ABC):
         grads: DeviceBuffer,
         states: Sequence[DeviceBuffer],
         coefficients: tuple[Any, ...],
-        clock: Clock | None,
+        prepare: Callable[[], None] | None,
     ) -> None:
         size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream or 0
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
@@ -139,8 +165,8 @@ class Cuda(ABC):
         arguments = (*pointers, size, head, packs, *coefficients)
 
         def queue() -> None:
-            if clock is not None:
-                clock.form_coefficients(stream)
+            if prepare is not None:
+                prepare()
             self.launch(kernel, blocks, grids.BLOCK, arguments, device, stream)
 
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
@@ -236,87 +262,3 @@ class Cuda(ABC):
 def same_stream(stream: int, other: int) -> bool:
     """Return whether two handles name one stream."""
     return stream == other or (stream in LEGACY_STREAM and other in LEGACY_STREAM)
-
-
-class Clock:
-    """The step counter, the learning rate and the coefficients of a step, in device memory.
-
-    A step is two launches: :meth:`form_coefficients`, which may be repeated, and the kernel
-    ``step_captured``, which takes the step and counts it. So a step that CUDA refuses is not counted.
-
-    Parameters
-    ----------
-    backend : Cuda
-    device, stream : int
-        Where, and in which order, it is made.
-    types : KernelTypes
-    step : int
-        Steps taken.
-    lr, weight_decay : float
-    coefficients : sequence of scalar
-        Of any step; those that change from step to step are formed by :meth:`form_coefficients`.
-    corrections1, inverse_corrections2 : ndarray of float64
-        The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
-        is also that of all later steps.
-    """
-
-    ENTRIES = ("form_coefficients", "set_lr")
-    """The kernels that a clock launches."""
-
-    def __init__(
-        self,
-        backend: Cuda,
-        device: int,
-        stream: int,
-        types: KernelTypes,
-        *,
-        step: int,
-        lr: float,
-        weight_decay: float,
-        coefficients: Sequence[Any],
-        corrections1: np.ndarray[Any, np.dtype[np.float64]],
-        inverse_corrections2: np.ndarray[Any, np.dtype[np.float64]],
-    ) -> None:
-        spare = np.zeros(1, types.dtype)  # where the kernel puts what this rule does not have
-        parts = [
-            np.array([step], np.int64),
-            np.array([lr], np.float64),
-            corrections1,
-            inverse_corrections2,
-            np.concatenate([np.array(coefficients, types.dtype), spare]),
-        ]
-        image = np.concatenate([part.view(np.uint8) for part in parts])
-        self.backend, self.device, self.stream, self.types = backend, device, stream, types
-        self._memory = backend.to_device(image, device, stream)
-        address = backend.address(self._memory)
-        sizes = [part.nbytes for part in parts]
-        at_step, self._lr, first, second, at_coefficients = (
-            address + sum(sizes[:k]) for k in range(len(sizes))
-        )
-        self.arguments = (at_coefficients, at_step)  # the last ones of step_captured
-
-        names = types.coefficients
-        places = [
-            names.index(name) if name in names else len(names)
-            for name in ("step_size", "inv_bias_correction2", "lr_times_weight_decay")
-        ]
-        tables = (first, corrections1.size, second, inverse_corrections2.size)
-        self._form_arguments = (at_step, self._lr, weight_decay, *tables, at_coefficients, *places)
-        self._form, self._set_lr = (backend.kernel(entry, types.of_clock, device) for entry in self.ENTRIES)
-
-    def form_coefficients(self, stream: int) -> None:
-        """Queue: form the coefficients of the next step."""
-        self.stream = stream
-        self.backend.launch(self._form, 1, 1, self._form_arguments, self.device, stream)
-
-    def set_lr(self, lr: float, stream: int) -> None:
-        """Queue: change the learning rate of what is queued later, here or on the last step's stream."""
-
-        def queue() -> None:
-            self.backend.launch(self._set_lr, 1, 1, (self._lr, lr), self.device, stream)
-
-        self.backend.queue_between(stream, self.stream, self.device, queue)
-
-    def step(self) -> int:
-        """Return how many steps were taken, when the device has done all its work."""
-        return int(self.backend.to_host(self._memory[:8], self.device).view(np.int64)[0])

@@ -1,8 +1,9 @@
 """The CUDA C++ source of a step: ``kernels/step.cu``, the rule translated, and the entries of the kernels.
 
 ``step`` takes the coefficients by value. ``step_captured`` reads them from device memory, where
-``form_coefficients`` formed them from the step counter and the learning rate there, and counts itself: a
-captured CUDA graph replays both. ``set_lr`` changes that learning rate, in stream order.
+``form_coefficients`` or ``decide`` formed them from the step counter and the learning rate there, and counts
+itself: a captured CUDA graph replays both. ``measure`` is the pass over all gradients for ``decide``;
+``set_lr`` changes the learning rate, in stream order.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _TYPES = {
 def source(types: KernelTypes) -> str:
     """Return the source of the kernels for some types, of float32 or float64.
 
-    With 1 to 3 states it has ``step`` and ``step_captured``; with none, ``form_coefficients`` and ``set_lr``.
+    With 1 to 3 states it has ``step`` and ``step_captured``; with none, the others.
     """
-    loop = Path(__file__).with_name("step.cu").read_text(encoding="utf-8")
+    loop = _read("step.cu")
     if not types.n_states:
         schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
-        return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, _CLOCK])
+        sizes = f"constexpr int THREADS = {grids.BLOCK}, RESIDENT = {grids.RESIDENT};"
+        return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, sizes, _read("clock.cu")])
     transforms = (types.conditioning, types.direction, types.decay)
     choices = {
         rules.transform: {kind: rules.TRANSFORMS[kind] for kind in transforms},
@@ -47,20 +49,8 @@ def source(types: KernelTypes) -> str:
     return "\n\n".join([_TYPES[types.dtype.name], loop, equation, _steps(types)])
 
 
-_CLOCK = """
-extern "C" __global__ void form_coefficients(
-    const long long* step, const double* lr, double weight_decay,
-    const double* corrections1, long long count1, const double* inverse_corrections2, long long count2,
-    Real* coefficients, long long step_size_at, long long inverse_at, long long decay_at) {
-    const long long next = *step + 1;
-    const double correction1 = corrections1[(next < count1 ? next : count1) - 1];
-    coefficients[step_size_at] = rounded(step_size(*lr, correction1));
-    coefficients[inverse_at] = rounded(inverse_corrections2[(next < count2 ? next : count2) - 1]);
-    coefficients[decay_at] = rounded(lr_times_weight_decay(*lr, weight_decay));
-}
-
-extern "C" __global__ void set_lr(double* lr, double value) { *lr = value; }
-"""
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _steps(types: KernelTypes) -> str:
@@ -72,16 +62,16 @@ def _steps(types: KernelTypes) -> str:
     moments = ", ".join(f"Real* state{k}" for k in range(types.n_states))
     grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
     buffers = f"Real* params, {grads}, {moments}, long long size, long long head, long long packs"
-    count = "\n    if (blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
+    count = "\n    if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
     kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {grids.RESIDENT})'
 
-    def body(coefficients: list[str], last: str = "") -> str:
+    def body(skip: str, coefficients: list[str], last: str = "") -> str:
         left = iter(coefficients)
         parts = [[next(left) for _ in getattr(kind, "_fields", ())] for kind in types.parts]
         return f"""{{
     Real* const states[] = {{{", ".join(f"state{k}" for k in range(types.n_states))}}};
     const Update c{{{", ".join(f"{{{', '.join(part)}}}" for part in parts)}}};
-    step_elements(params, grads, states, size, head, packs, [&](Real param, Real grad, auto state) {{
+    step_elements(params, grads, states, size, head, packs, {skip}, [&](Real param, Real grad, auto state) {{
         return update(param, grad, state, c);
     }});{last}
 }}"""
@@ -89,7 +79,8 @@ def _steps(types: KernelTypes) -> str:
     return f"""
 struct Update {{ {members} }};
 
-{kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body(values)}
+{kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body("false", values)}
 
-{kernel} step_captured({buffers}, const Real* coefficients, long long* step) {body(stored, count)}
+{kernel} step_captured({buffers}, const Real* coefficients, long long* step, const long long* skip)
+{body("*skip", stored, count)}
 """

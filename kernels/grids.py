@@ -54,3 +54,8 @@ def blocks(size: int, packs: int, itemsize: int, resident_threads: int) -> int:
     """
     work = max(packs, size - packs * PACK // itemsize)  # iterations of the longer of the two loops
     return max(1, min(-(-work // BLOCK), WAVES * resident_threads // BLOCK))
+
+
+def tree_blocks(chunks: int, resident_threads: int) -> int:
+    """Return the number of blocks for a pass of which each warp sums a chunk at a time."""
+    return max(1, min(-(-chunks // (BLOCK // 32)), WAVES * resident_threads // BLOCK))

@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
+#define METHOD __device__ __forceinline__
 #else
 #define DEVICE static inline
+#define METHOD inline
 #endif
 
 // --- Numbers -------------------------------------------------------------------------------------------------
@@ -125,13 +127,18 @@ struct alignas(16) Pack {
 
 // Updates [head, head + packs * LANES) in packs, and the elements before and after one by one. Where the buffers
 // are not aligned to 16 bytes together, packs is 0. Any number of threads makes the same bits: no element knows
-// of another. Gradients that are not const are set to zero.
+// of another. Gradients that are not const are set to zero, also where the step is skipped.
 template <int STATES, class Grad, class Update>
 DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATES], long long size,
-                          long long head, long long packs, Update update_element) {
+                          long long head, long long packs, bool skip, Update update_element) {
     constexpr bool CLEAR = IsMutable<Grad>::value;
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+
+    if (skip) {
+        if constexpr (CLEAR) for (long long i = thread; i < size; i += threads) grads[i] = Real{};
+        return;
+    }
 
 #pragma unroll 1
     for (long long k = thread; k < packs; k += threads) {

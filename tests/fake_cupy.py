@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,8 +22,14 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 _PRELUDE = """
+#include <barrier>
+#include <optional>
 struct Dimension { unsigned x; };
-static Dimension threadIdx, blockIdx, blockDim, gridDim;
+static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
+static std::optional<std::barrier<>> gate;
+extern "C" void gather(unsigned threads) { gate.emplace(threads); }
+static inline void __syncthreads() { gate->arrive_and_wait(); }
+#define __shared__ static
 #define __global__
 #define __launch_bounds__(threads, blocks)
 extern "C" void place(unsigned block, unsigned thread, unsigned threads, unsigned blocks) {
@@ -54,6 +61,12 @@ def _c(value):
     if isinstance(value, np.float32):
         return ctypes.c_float(value)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
+
+
+MEETING = {"measure", "decide"}
+"""Kernels whose threads wait for each other: each gets a thread of its own."""
+
+POOL = ThreadPoolExecutor(256)
 
 
 class Refused(RuntimeError):  # noqa: N818
@@ -183,9 +196,14 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         return ndarray(host, current.device)
 
     class Kernel:
-        def __init__(self, function, place, name, device):
-            self.function, self.place, self.name, self.device = function, place, name, device
-            function.restype = None
+        def __init__(self, library, name, device):
+            self.function, self.place, self.gather = library[name], library.place, library.gather
+            self.name, self.device = name, device
+            self.function.restype = None
+
+        def run(self, block, thread, threads, blocks, values):
+            self.place(block, thread, threads, blocks)
+            self.function(*values)
 
         def __call__(self, grid, block, args):
             assert current.device == self.device
@@ -197,9 +215,17 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             def run():
                 cupy.log.append((self.name, self.device, stream, blocks))
                 for number in range(blocks):
+                    if self.name in MEETING:
+                        self.gather(threads)
+                        list(
+                            POOL.map(
+                                lambda thread: self.run(number, thread, threads, blocks, values),
+                                range(threads),
+                            )
+                        )
+                        continue
                     for thread in range(threads):
-                        self.place(number, thread, threads, blocks)
-                        self.function(*values)
+                        self.run(number, thread, threads, blocks, values)
 
             graph = captures[stream]
             (graph.calls.append if graph else lambda call: call())(run)
@@ -210,8 +236,8 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             self.library, self.code = compile_for_the_host(code, folder), code
 
         def get_function(self, name):
-            assert re.search(rf'extern "C" __global__ void .*\b{name}\(', self.code)
-            return Kernel(getattr(self.library, name), self.library.place, name, current.device)
+            assert re.search(rf'extern "C" __global__ void [^{{;]*\b{name}\(', self.code)
+            return Kernel(self.library, name, current.device)
 
     def pointer_attributes(pointer):
         device = next(device for first, end, device in reversed(owners) if first <= pointer < end)
@@ -232,6 +258,8 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         Event=Event,
         get_current_stream=get_current_stream,
         runtime=SimpleNamespace(
+            memcpyDeviceToDevice=3,
+            memcpyAsync=lambda to, source, nbytes, kind, stream: ctypes.memmove(to, source, nbytes),
             deviceSynchronize=lambda: cupy.log.append(("synchronize", current.device, None)),
             getDeviceCount=lambda: devices,
             getDevice=lambda: current.device,

@@ -20,7 +20,6 @@ from tolerances import assert_same_bits
 from fastadam import bias_correction
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import grids
-from fastadam.kernels.cuda import KernelTypes
 
 pytest.importorskip("numba_cuda", reason="the simulator is numba-cuda's")
 

@@ -1,0 +1,182 @@
+"""The clock of steps that count and decide in device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import grids
+from .cuda import Cuda, DeviceBuffer, KernelTypes, Look, same_stream
+from .tree import CHUNK
+
+_FORMED = ("step_size", "inv_bias_correction2", "lr_times_weight_decay", "grad_scale", "clip_factor")
+"""The coefficients that are formed on the device, in the order in which kernels take their places."""
+
+REPORTS = 256
+"""Steps whose reports are kept."""
+
+
+class Report(NamedTuple):
+    """What a step on a clock did, as the kernels write it: all numbers in float64."""
+
+    norm: float
+    clip_factor: float
+    skipped: float
+    nonfinite: float
+    step: float
+    lr: float
+
+
+class Clock:
+    """The step counter, the learning rates and the coefficients of a step, in device memory.
+
+    A step is :meth:`plan`, which may be repeated, and the kernel ``step_captured``, which takes the step and
+    counts it. So a step that CUDA refuses is not counted.
+
+    Parameters
+    ----------
+    backend : Cuda
+    device, stream : int
+        Where, and in which order, it is made.
+    types : KernelTypes
+    step : int
+        Steps taken.
+    lrs : sequence of float
+        Learning rates of the next steps; the last is also that of all later ones.
+    weight_decay : float
+    coefficients : sequence of scalar
+        Of any step; those that change from step to step are formed on the device.
+    corrections1, inverse_corrections2 : ndarray of float64
+        The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
+        is also that of all later steps.
+    """
+
+    def __init__(
+        self,
+        backend: Cuda,
+        device: int,
+        stream: int,
+        types: KernelTypes,
+        *,
+        step: int,
+        lrs: Sequence[float],
+        weight_decay: float,
+        coefficients: Sequence[Any],
+        corrections1: np.ndarray[Any, np.dtype[np.float64]],
+        inverse_corrections2: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> None:
+        spare = np.zeros(1, types.dtype)  # where a kernel puts what this rule does not have
+        parts = [
+            np.array([step, 0], np.int64),  # the counter, and whether the step is skipped
+            corrections1,
+            inverse_corrections2,
+            np.zeros(REPORTS * len(Report._fields)),
+            np.concatenate([np.array(coefficients, types.dtype), spare]),
+        ]
+        image = np.concatenate([part.view(np.uint8) for part in parts])
+        self.backend, self.device, self.stream, self.types = backend, device, stream, types
+        self._memory = backend.to_device(image, device, stream)
+        address = backend.address(self._memory)
+        sizes = [part.nbytes for part in parts]
+        at_step, first, second, self._reports, at_coefficients = (
+            address + sum(sizes[:k]) for k in range(len(sizes))
+        )
+        at_skip = at_step + 8
+        self.arguments = (at_coefficients, at_step, at_skip)  # the last ones of step_captured
+        self._reports_from = sum(sizes[:3])
+
+        names = types.coefficients
+        places = (names.index(name) if name in names else len(names) for name in _FORMED)
+        tables = (first, corrections1.size, second, inverse_corrections2.size)
+        self._before_lrs = (at_step,)
+        self._after_lrs = (weight_decay, *tables, at_coefficients, *places, at_skip)
+        self._kernels: dict[str, Any] = {}
+        self._kernel("form_coefficients")
+        self._scratch: Any = None
+        self._scratch_bytes = 0
+        self.attempts = 0  # steps queued
+        self.looked = [False] * REPORTS  # of each report: whether it has a norm
+        self.set_lrs(lrs, step, stream)
+
+    def _kernel(self, entry: str) -> Any:
+        if entry not in self._kernels:
+            self._kernels[entry] = self.backend.kernel(entry, self.types.of_clock, self.device)
+        return self._kernels[entry]
+
+    def plan(self, grads: DeviceBuffer, look: Look, stream: int) -> Callable[[], None]:
+        """Return the call that queues: look at the gradients, if need be, and form the next coefficients."""
+        scale: tuple[Any, ...] = (look.grad_scale, 0, 0)
+        if isinstance(look.grad_scale, DeviceBuffer):
+            scale = (1.0, look.grad_scale.pointer, look.grad_scale.dtype.itemsize)
+        slot = self._reports + self.attempts % REPORTS * 8 * len(Report._fields)
+        form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, slot)
+        if not look.reads_gradients_first:
+            launches = [(self._kernel("form_coefficients"), 1, 1, form)]
+        else:
+            chunks = -(-grads.size // CHUNK)
+            sums = self._have_scratch(chunks, stream)
+            blocks = grids.tree_blocks(chunks, self.backend.resident_threads(self.device))
+            clips, limit = look.max_grad_norm is not None, look.max_grad_norm or 0.0
+            decide = (sums, chunks, int(clips), limit, int(look.skips), *form)
+            launches = [
+                (self._kernel("measure"), blocks, grids.BLOCK, (grads.pointer, grads.size, sums)),
+                (self._kernel("decide"), 1, grids.BLOCK, decide),
+            ]
+        return partial(self._queue, launches, look, stream)
+
+    def _queue(self, launches: list[tuple[Any, int, int, tuple[Any, ...]]], look: Look, stream: int) -> None:
+        self.stream = stream
+        scale = look.grad_scale
+        if isinstance(scale, DeviceBuffer) and not same_stream(stream, scale.stream or stream):
+            event = self.backend.event(self.device)
+            self.backend.order(scale.stream or 0, stream, event, self.device)
+        for kernel, blocks, threads, arguments in launches:
+            self.backend.launch(kernel, blocks, threads, arguments, self.device, stream)
+        self.looked[self.attempts % REPORTS] = look.reads_gradients_first
+        self.attempts += 1
+
+    def _have_scratch(self, chunks: int, stream: int) -> int:
+        """Return where the sums of chunks go, level after level."""
+        needed, left = 0, chunks
+        while left > 1:
+            needed += left
+            left = -(-left // CHUNK)
+        needed = 16 * (needed + 1)
+        if self._scratch_bytes < needed:
+            self._scratch = self.backend.zeros(needed, self.device, stream)
+            self._scratch_bytes = needed
+        return self.backend.address(self._scratch)
+
+    def set_lrs(self, lrs: Sequence[float], step: int, stream: int) -> None:
+        """Give the learning rates of the steps after ``step``; waits for their copy."""
+        table = np.array(lrs, np.float64)
+        # The one before is kept: steps that are queued read it.
+        self._kept, self._lrs = (
+            getattr(self, "_lrs", None),
+            self.backend.to_device(table.view(np.uint8), self.device, stream),
+        )
+        self._lr_arguments = (self.backend.address(self._lrs), step, table.size)
+        self.lrs_until = self.attempts + table.size
+
+    def set_lr(self, lr: float, stream: int) -> None:
+        """Queue: change the learning rate of what is queued later, here or on the last step's stream."""
+
+        def queue() -> None:
+            place = self._lr_arguments[0]
+            self.backend.launch(self._kernel("set_lr"), 1, 1, (place, lr), self.device, stream)
+
+        self.backend.queue_between(stream, self.stream, self.device, queue)
+
+    def step(self) -> int:
+        """Return how many steps were taken, when the device has done all its work."""
+        return int(self.backend.to_host(self._memory[:8], self.device).view(np.int64)[0])
+
+    def report(self, attempt: int) -> Report:
+        """Return the report of a step, counted from 0 with those skipped, when the device has done its work."""
+        size = 8 * len(Report._fields)
+        start = self._reports_from + attempt % REPORTS * size
+        host = self.backend.to_host(self._memory[start : start + size], self.device)
+        return Report(*host.view(np.float64).tolist())
