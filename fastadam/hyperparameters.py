@@ -287,8 +287,8 @@ class Coefficients:
         """
         if self._max_norm is None:
             return 1.0
-        factor = self._max_norm / (norm + 1e-6)
-        return 1.0 if factor > 1 else factor
+        factor: float = rules.clip_factor(norm, self._max_norm, rules.CLIP_EPS, 1.0)
+        return factor
 
 
 def _lr_at(schedule: Schedule, step: int) -> float:

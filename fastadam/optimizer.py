@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from math import sqrt
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from fastadam import backends, buffers, clocks, device_buffers, streams
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, require_grad_scale
+from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.last_step import Done, LastStep
@@ -502,7 +502,7 @@ class FusedAdam:
         if self._scratch is None or self._scratch.size < kernels.scratch_size(grads.size):
             self._scratch = np.empty(kernels.scratch_size(grads.size))
         squares, nonfinite = kernels.measure(grads, self._scratch)
-        norm, step = sqrt(squares) / (1.0 if scale is None else scale), state._step
+        norm, step = rules.grad_norm(squares, 1.0 if scale is None else scale), state._step
         if c.skips and nonfinite:
             return Done(step, c.lr_of(step + 1), norm, c.clip_factor(norm), skipped=True)
         return Done(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))

@@ -1,10 +1,9 @@
 // What is decided on the device before a step: the pass over all gradients by the tree of kernels/norms.py, and
-// the coefficients of the step. kernels/cuda_source.py puts kernels/step.cu before it.
+// the coefficients of the step. kernels/cuda_source.py puts kernels/step.cu and the sizes before it.
 //
 // Memory traffic of `measure` in float32: reads 4 n bytes, writes 16 bytes for 2,048 elements.
 
-constexpr int TREE_LANES = 32, WARPS = THREADS / TREE_LANES;
-constexpr long long CHUNK = 2048;
+constexpr int WARPS = THREADS / TREE_LANES;
 
 // --- float64, in which nothing is fused ----------------------------------------------------------------------
 
@@ -103,24 +102,23 @@ struct Form {
     }
 };
 
-// A scale of the host, or one in device memory, of so many bytes.
-DEVICE double scale_of(double value, const void* there, long long bytes) {
-    if (there == nullptr) return value;
-    return bytes == 4 ? double(*static_cast<const float*>(there)) : *static_cast<const double*>(there);
+// A scale of the host, or one of 4 or 8 bytes in device memory.
+DEVICE double scale_of(double value, const float* narrow, const double* wide, long long bytes) {
+    return bytes == 4 ? double(*narrow) : bytes == 8 ? *wide : value;
 }
 
 #define FORM_PARAMETERS                                                                                          \
-    double scale, const void *scale_there, long long scale_bytes, const long long *step, const double *lrs,      \
-        long long lr_base, long long lr_count, double weight_decay, const double *corrections1,                  \
-        long long count1, const double *inverse_corrections2, long long count2, Real *coefficients,              \
-        long long step_size_at, long long inverse_at, long long decay_at, long long scale_at, long long clip_at, \
-        long long *skip, double *report
+    double scale, const float *scale32, const double *scale64, long long scale_bytes, const long long *step,     \
+        const double *lrs, long long lr_base, long long lr_count, double weight_decay,                           \
+        const double *corrections1, long long count1, const double *inverse_corrections2, long long count2,      \
+        Real *coefficients, long long step_size_at, long long inverse_at, long long decay_at,                    \
+        long long scale_at, long long clip_at, long long *skip, double *report
 #define FORM                                                                                                     \
-    Form{step,  lrs,          lr_base,      lr_count,   weight_decay, corrections1, count1,  inverse_corrections2, \
-         count2, coefficients, step_size_at, inverse_at, decay_at,     scale_at,     clip_at, skip, report}
+    Form{step, lrs, lr_base, lr_count, weight_decay, corrections1, count1, inverse_corrections2, count2,         \
+         coefficients, step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report}
 
 extern "C" __global__ void form_coefficients(FORM_PARAMETERS) {
-    FORM.form(scale_of(scale, scale_there, scale_bytes), 0, 1, 0, false);
+    FORM.form(scale_of(scale, scale32, scale64, scale_bytes), 0, 1, 0, false);
 }
 
 // One block. Sums what `measure` left, chunk by chunk, from `sums` to behind it, and decides.
@@ -137,10 +135,10 @@ decide(Sums* sums, long long left, long long clips, double max_norm, long long s
     }
     if (threadIdx.x != 0) return;
     const Sums total = left ? *from : Sums{0, 0};
-    const double by = scale_of(scale, scale_there, scale_bytes);
+    const double by = scale_of(scale, scale32, scale64, scale_bytes);
     const double norm = over(root(total.squares), by);
-    const double factor = clips ? over(max_norm, plus(norm, 1e-6)) : 1.0;
-    FORM.form(by, norm, factor > 1 ? 1.0 : factor, total.nonfinite, skips && total.nonfinite > 0);
+    const double factor = clips ? clip_factor(norm, max_norm, CLIP_EPS, 1.0) : 1.0;
+    FORM.form(by, norm, factor, total.nonfinite, skips && total.nonfinite > 0);
 }
 
 extern "C" __global__ void set_lr(double* lrs, double value) { *lrs = value; }

@@ -122,6 +122,16 @@ def _lr_times_weight_decay(lr: Any, weight_decay: Any) -> Any:
     return rules.lr_times_weight_decay
 
 
+@overload(rules.grad_norm, jit_options=JIT_OPTIONS, strict=False)
+def _grad_norm(sum_of_squares: Any, grad_scale: Any) -> Any:
+    return rules.grad_norm
+
+
+@overload(rules.clip_factor, jit_options=JIT_OPTIONS, strict=False)
+def _clip_factor(norm: Any, max_grad_norm: Any, eps: Any, most: Any) -> Any:
+    return rules.clip_factor
+
+
 @overload(rules.moving_average, jit_options=JIT_OPTIONS, strict=False)
 def _moving_average(average: Any, value: Any, beta: Any, one_minus_beta: Any) -> Any:
     return rules.moving_average

@@ -108,9 +108,10 @@ class Clock:
 
     def plan(self, grads: DeviceBuffer, look: Look, stream: int) -> Callable[[], None]:
         """Return the call that queues: look at the gradients, if need be, and form the next coefficients."""
-        scale: tuple[Any, ...] = (look.grad_scale, 0, 0)
+        scale: tuple[Any, ...] = (look.grad_scale, 0, 0, 0)
         if isinstance(look.grad_scale, DeviceBuffer):
-            scale = (1.0, look.grad_scale.pointer, look.grad_scale.dtype.itemsize)
+            place = look.grad_scale.pointer
+            scale = (1.0, place, place, look.grad_scale.dtype.itemsize)
         slot = self._reports + self.attempts % REPORTS * 8 * len(Report._fields)
         form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, slot)
         if not look.reads_gradients_first:

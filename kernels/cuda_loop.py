@@ -170,8 +170,8 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     """Return the kernel ``step`` or ``step_captured``.
 
     Both take ``(params, grads, states, size, head, packs, coefficients)``: the coefficients as a tuple of
-    numbers, or, captured, as a pointer to them. ``step_captured`` also takes a pointer to the step counter,
-    and counts.
+    numbers, or, captured, as a pointer to them. ``step_captured`` also takes pointers to the step counter,
+    where it counts, and to the flag that tells it to skip.
     """
     lanes = PACK // kinds.dtype.itemsize
     places = tuple(range(len(kinds.coefficients)))
@@ -204,36 +204,25 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
         step_elements(params, grads, states, size, head, packs, coefficients)
 
     def step_captured(
-        params: Any, grads: Any, states: Any, size: int, head: int, packs: int, coefficients: Any, count: Any
+        params: Any,
+        grads: Any,
+        states: Any,
+        size: int,
+        head: int,
+        packs: int,
+        coefficients: Any,
+        count: Any,
+        skip: Any,
     ) -> None:
+        if skip[0] != 0:
+            if clear is not None:
+                k = cuda.grid(1)
+                while k < size:
+                    grads[k] = 0
+                    k += cuda.gridsize(1)
+            return
         step_elements(params, grads, states, size, head, packs, pick(coefficients, places))
         if cuda.grid(1) == 0:
             count[0] += 1
 
     return step_captured if captured else step
-
-
-def form_coefficients(
-    step: Any,
-    lr: Any,
-    weight_decay: float,
-    corrections1: Any,
-    count1: int,
-    inverse_corrections2: Any,
-    count2: int,
-    coefficients: Any,
-    step_size_at: int,
-    inverse_at: int,
-    decay_at: int,
-) -> None:
-    """Form the coefficients of the next step that change from step to step; one thread."""
-    number = step[0] + 1
-    correction1 = corrections1[min(number, count1) - 1]
-    coefficients[step_size_at] = rules.step_size(lr[0], correction1)
-    coefficients[inverse_at] = inverse_corrections2[min(number, count2) - 1]
-    coefficients[decay_at] = rules.lr_times_weight_decay(lr[0], weight_decay)
-
-
-def set_lr(lr: Any, value: float) -> None:
-    """Change the learning rate of the steps after; one thread."""
-    lr[0] = value

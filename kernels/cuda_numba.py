@@ -20,9 +20,9 @@ from cuda import pathfinder
 from cuda.bindings import driver, nvjitlink
 from numba import cuda, types
 
-from . import cubins, cuda_loop
+from . import cubins, cuda_decide, cuda_loop
 from .compiling import digest
-from .cuda import LEGACY_STREAM, Array, Clock, Cuda, Event, Kernel, KernelTypes
+from .cuda import CLOCK_ENTRIES, LEGACY_STREAM, Array, Cuda, Event, Kernel, KernelTypes
 
 _LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
 
@@ -40,19 +40,24 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     integer, double = types.int64, types.float64
     if entry == "set_lr":
         return (of_double, double)
-    if entry == "form_coefficients":
-        tables = (of_double, integer, of_double, integer)
-        return (types.CPointer(integer), of_double, double, *tables, pointer, integer, integer, integer)
+    if entry == "measure":
+        return (pointer, integer, of_double)
+    if entry in {"form_coefficients", "decide"}:
+        of_integer, places = types.CPointer(integer), (integer,) * 5
+        scale = (double, types.CPointer(types.float32), of_double, integer)
+        lrs, tables = (of_double, integer, integer), (of_double, integer, of_double, integer)
+        form = (*scale, of_integer, *lrs, double, *tables, pointer, *places, of_integer, of_double)
+        return form if entry == "form_coefficients" else (of_double, integer, integer, double, integer, *form)
     states = types.UniTuple(pointer, kinds.n_states)
     buffers = (pointer, pointer, states, integer, integer, integer)
     if entry == "step_captured":
-        return (*buffers, pointer, types.CPointer(integer))
+        return (*buffers, pointer, types.CPointer(integer), types.CPointer(integer))
     return (*buffers, types.UniTuple(number, len(kinds.coefficients)))
 
 
 def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
-    if entry in Clock.ENTRIES:
-        function: Callable[..., None] = getattr(cuda_loop, entry)
+    if entry in CLOCK_ENTRIES:
+        function: Callable[..., None] = getattr(cuda_decide, entry)
         return function
     return cuda_loop.make_step(kinds, captured=entry == "step_captured")
 
@@ -63,7 +68,7 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
     Parameters
     ----------
     entry : str
-        ``"step"``, ``"step_captured"``, ``"form_coefficients"`` or ``"set_lr"``.
+        ``"step"``, ``"step_captured"`` or one of ``CLOCK_ENTRIES``.
     kinds : KernelTypes
     capability : tuple of int
         Of the device, (major, minor).
@@ -159,7 +164,7 @@ def _cubin(entry: str, kinds: KernelTypes, capability: tuple[int, int]) -> bytes
     """Return a compiled kernel, from disk where the same compilers have compiled the same."""
     key = repr((digest(), _compilers(), _LINK_OPTIONS, entry, kinds, capability))
     return cubins.cached(
-        cubins.folder(cuda_loop.set_lr), key, lambda: compile_kernel(entry, kinds, capability)
+        cubins.folder(cuda_decide.set_lr), key, lambda: compile_kernel(entry, kinds, capability)
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import grids, rules
 from .cuda import KernelTypes
 from .translation import translate
+from .tree import CHUNK, LANES
 
 OPTIONS = ("--std=c++20",)
 """For NVRTC, which knows C++20 from CUDA 12 on."""
@@ -34,8 +35,13 @@ def source(types: KernelTypes) -> str:
     """
     loop = _read("step.cu")
     if not types.n_states:
-        schedule = [translate(function, {}) for function in (rules.step_size, rules.lr_times_weight_decay)]
-        sizes = f"constexpr int THREADS = {grids.BLOCK}, RESIDENT = {grids.RESIDENT};"
+        formed = (rules.step_size, rules.lr_times_weight_decay, rules.clip_factor)
+        schedule = [translate(function, {}) for function in formed]
+        sizes = (
+            f"constexpr int THREADS = {grids.BLOCK}, RESIDENT = {grids.RESIDENT}, TREE_LANES = {LANES};\n"
+            f"constexpr long long CHUNK = {CHUNK};\n"
+            f"constexpr double CLIP_EPS = {rules.CLIP_EPS!r};"
+        )
         return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, sizes, _read("clock.cu")])
     transforms = (types.conditioning, types.direction, types.decay)
     choices = {

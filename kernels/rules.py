@@ -48,6 +48,20 @@ def lr_times_weight_decay(lr: Scalar, weight_decay: Scalar) -> Scalar:
     return lr * weight_decay
 
 
+# --- Clipping by the norm, in float64 -----------------------------------------------------------------------
+
+
+def grad_norm(sum_of_squares: Scalar, grad_scale: Scalar) -> Scalar:
+    """Global norm of the unscaled gradient."""
+    return sqrt(sum_of_squares) / grad_scale
+
+
+def clip_factor(norm: Scalar, max_grad_norm: Scalar, eps: Scalar, most: Scalar) -> Scalar:
+    """What takes a gradient of a norm to ``max_grad_norm``, at most ``most``; NaN for NaN."""
+    factor = max_grad_norm / (norm + eps)
+    return most if factor > most else factor
+
+
 # --- Conditioning, direction and decay: (param, grad, c) -> (param, grad) -----------------------------------
 
 
@@ -214,6 +228,10 @@ AVERAGES: dict[type, Callable[..., Scalar]] = {type(None): untracked, Average: e
 
 class Clear(NamedTuple):
     """Set the gradient to zero when it was used; not part of the equation."""
+
+
+CLIP_EPS = 1e-6
+"""Added to a norm before it divides, as in PyTorch."""
 
 
 class Update(NamedTuple):

@@ -1,0 +1,184 @@
+"""The Numba-CUDA kernels before a step on a clock: the pass over all gradients, and the coefficients.
+
+As ``kernels/clock.cu`` does it. Sums are pairs in float64: of squares, and the count of inf and NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda, float64
+
+from . import rules
+from .grids import BLOCK
+from .tree import CHUNK, LANES
+
+_WARPS = BLOCK // LANES
+
+
+@cuda.jit(device=True)
+def fold(squares: Any, nonfinite: Any, lane: int) -> None:
+    """Fold the lanes of each warp; every thread of the block comes here."""
+    here, width = cuda.threadIdx.x, LANES // 2
+    while width > 0:
+        cuda.syncthreads()
+        if lane < width:
+            squares[here] += squares[here + width]
+            nonfinite[here] += nonfinite[here + width]
+        width //= 2
+
+
+def measure(grads: Any, size: int, sums: Any) -> None:
+    """Sum the squares of each chunk, and count what is not finite; a warp takes a chunk at a time."""
+    squares, nonfinite = cuda.shared.array(BLOCK, float64), cuda.shared.array(BLOCK, float64)
+    here = cuda.threadIdx.x
+    lane = here % LANES
+    chunks = (size + CHUNK - 1) // CHUNK
+    first = cuda.blockIdx.x * _WARPS
+    while first < chunks:
+        chunk = first + here // LANES
+        total, count = 0.0, 0.0
+        if chunk < chunks:
+            stop = min(chunk * CHUNK + CHUNK, size)
+            i = chunk * CHUNK + lane
+            while i < stop:
+                value = np.float64(grads[i])
+                total += value * value
+                if value - value != 0:
+                    count += 1.0
+                i += LANES
+        cuda.syncthreads()  # the fold of the chunk before has read its lanes
+        squares[here], nonfinite[here] = total, count
+        fold(squares, nonfinite, lane)
+        if lane == 0 and chunk < chunks:
+            sums[2 * chunk], sums[2 * chunk + 1] = squares[here], nonfinite[here]
+        first += cuda.gridDim.x * _WARPS
+
+
+@cuda.jit(device=True)
+def sum_level(squares: Any, nonfinite: Any, sums: Any, source: int, size: int, to: int) -> None:
+    """Sum the chunks of one level, which begins at pair ``source``, to the next, at ``to``; one block."""
+    here = cuda.threadIdx.x
+    lane = here % LANES
+    chunks = (size + CHUNK - 1) // CHUNK
+    first = 0
+    while first < chunks:
+        chunk = first + here // LANES
+        total, count = 0.0, 0.0
+        if chunk < chunks:
+            stop = min(chunk * CHUNK + CHUNK, size)
+            i = chunk * CHUNK + lane
+            while i < stop:
+                total += sums[2 * (source + i)]
+                count += sums[2 * (source + i) + 1]
+                i += LANES
+        cuda.syncthreads()
+        squares[here], nonfinite[here] = total, count
+        fold(squares, nonfinite, lane)
+        if lane == 0 and chunk < chunks:
+            sums[2 * (to + chunk)], sums[2 * (to + chunk) + 1] = squares[here], nonfinite[here]
+        first += _WARPS
+    cuda.syncthreads()
+
+
+@cuda.jit(device=True)
+def scale_of(value: float, narrow: Any, wide: Any, nbytes: int) -> Any:
+    """Return a scale of the host, or one of 4 or 8 bytes in device memory."""
+    if nbytes == 4:
+        return np.float64(narrow[0])
+    if nbytes == 8:
+        return wide[0]
+    return value
+
+
+@cuda.jit(device=True)
+def form(
+    scale: float,
+    norm: float,
+    factor: float,
+    nonfinite: float,
+    skipped: int,
+    step: Any,
+    lrs: Any,
+    lr_base: int,
+    lr_count: int,
+    weight_decay: float,
+    corrections1: Any,
+    count1: int,
+    inverse_corrections2: Any,
+    count2: int,
+    coefficients: Any,
+    step_size_at: int,
+    inverse_at: int,
+    decay_at: int,
+    scale_at: int,
+    clip_at: int,
+    skip: Any,
+    report: Any,
+) -> None:
+    """Form the coefficients of the next step, the flag and the report; one thread, and may be repeated."""
+    taken = step[0]
+    lr = lrs[min(taken - lr_base, lr_count - 1)]
+    correction1 = corrections1[min(taken + 1, count1) - 1]
+    coefficients[step_size_at] = rules.step_size(lr, correction1)
+    coefficients[inverse_at] = inverse_corrections2[min(taken + 1, count2) - 1]
+    coefficients[decay_at] = rules.lr_times_weight_decay(lr, weight_decay)
+    coefficients[scale_at] = scale
+    coefficients[clip_at] = factor
+    skip[0] = skipped
+    report[0], report[1], report[2] = norm, factor, skipped
+    report[3], report[4], report[5] = nonfinite, taken + 1 - skipped, lr
+
+
+def form_coefficients(
+    scale: float, scale32: Any, scale64: Any, scale_bytes: int,
+    step: Any, lrs: Any, lr_base: int, lr_count: int, weight_decay: float,
+    corrections1: Any, count1: int, inverse_corrections2: Any, count2: int, coefficients: Any,
+    step_size_at: int, inverse_at: int, decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
+) -> None:  # fmt: skip
+    """Form the coefficients of the next step; one thread."""
+    form(
+        scale_of(scale, scale32, scale64, scale_bytes), 0.0, 1.0, 0.0, 0,
+        step, lrs, lr_base, lr_count, weight_decay,
+        corrections1, count1, inverse_corrections2, count2, coefficients,
+        step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report,
+    )  # fmt: skip
+
+
+def decide(
+    sums: Any, left: int, clips: int, max_norm: float, skips: int,
+    scale: float, scale32: Any, scale64: Any, scale_bytes: int,
+    step: Any, lrs: Any, lr_base: int, lr_count: int, weight_decay: float,
+    corrections1: Any, count1: int, inverse_corrections2: Any, count2: int, coefficients: Any,
+    step_size_at: int, inverse_at: int, decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
+) -> None:  # fmt: skip
+    """Sum what ``measure`` left, level by level, and decide; one block."""
+    squares, nonfinite = cuda.shared.array(BLOCK, float64), cuda.shared.array(BLOCK, float64)
+    source = 0
+    while left > 1:
+        sum_level(squares, nonfinite, sums, source, left, source + left)
+        source += left
+        left = (left + CHUNK - 1) // CHUNK
+    if cuda.threadIdx.x != 0:
+        return
+    total, count = 0.0, 0.0
+    if left == 1:
+        total, count = sums[2 * source], sums[2 * source + 1]
+    by = scale_of(scale, scale32, scale64, scale_bytes)
+    norm = rules.grad_norm(total, by)
+    factor = 1.0
+    if clips != 0:
+        factor = rules.clip_factor(norm, max_norm, rules.CLIP_EPS, 1.0)
+    skipped = 1 if skips != 0 and count > 0 else 0
+    form(
+        by, norm, factor, count, skipped,
+        step, lrs, lr_base, lr_count, weight_decay,
+        corrections1, count1, inverse_corrections2, count2, coefficients,
+        step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report,
+    )  # fmt: skip
+
+
+def set_lr(lrs: Any, value: float) -> None:
+    """Change the learning rate of the steps after; one thread."""
+    lrs[0] = value
