@@ -98,11 +98,16 @@ DEVICE void unpack_state(Tuple<Real, Real, Real, Real> state, Real (&a)[4]) {
 
 struct None {};
 
+template <class Part> constexpr bool is_there = true;
+template <> constexpr bool is_there<None> = false;
+
 template <class... Moments> DEVICE auto split(Tuple<Moments...> state, None) { return tuple(state, None{}); }
-template <class A, class B, class C, class Average> DEVICE auto split(Tuple<A, B, C> state, Average) {
+template <class A, class B, class C, class Average> requires is_there<Average>
+DEVICE auto split(Tuple<A, B, C> state, Average) {
     return tuple(tuple(state._0, state._1), state._2);
 }
-template <class A, class B, class C, class D, class Average> DEVICE auto split(Tuple<A, B, C, D> state, Average) {
+template <class A, class B, class C, class D, class Average> requires is_there<Average>
+DEVICE auto split(Tuple<A, B, C, D> state, Average) {
     return tuple(tuple(state._0, state._1, state._2), state._3);
 }
 

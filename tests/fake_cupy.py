@@ -15,6 +15,7 @@ import hashlib
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -201,7 +202,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             self.name, self.device = name, device
             self.function.restype = None
 
-        def run(self, block, thread, threads, blocks, values):
+        def run(self, block, threads, blocks, values, thread):
             self.place(block, thread, threads, blocks)
             self.function(*values)
 
@@ -217,15 +218,11 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
                 for number in range(blocks):
                     if self.name in MEETING:
                         self.gather(threads)
-                        list(
-                            POOL.map(
-                                lambda thread: self.run(number, thread, threads, blocks, values),
-                                range(threads),
-                            )
-                        )
+                        block = partial(self.run, number, threads, blocks, values)
+                        list(POOL.map(block, range(threads)))
                         continue
                     for thread in range(threads):
-                        self.run(number, thread, threads, blocks, values)
+                        self.run(number, threads, blocks, values, thread)
 
             graph = captures[stream]
             (graph.calls.append if graph else lambda call: call())(run)
@@ -259,7 +256,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         get_current_stream=get_current_stream,
         runtime=SimpleNamespace(
             memcpyDeviceToDevice=3,
-            memcpyAsync=lambda to, source, nbytes, kind, stream: ctypes.memmove(to, source, nbytes),
+            memcpyAsync=lambda to, source, nbytes, *_: ctypes.memmove(to, source, nbytes),
             deviceSynchronize=lambda: cupy.log.append(("synchronize", current.device, None)),
             getDeviceCount=lambda: devices,
             getDevice=lambda: current.device,

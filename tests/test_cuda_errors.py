@@ -152,8 +152,8 @@ def test_betas_whose_bias_corrections_fill_the_memory(cupy, k):
     too_large = [0.9, 0.999]
     too_large[k] = float(np.nextafter(BETA, 1))
     message = (
-        f"betas[{k}] must be at most 0.999996185 with capturable=True, which keeps the bias corrections of"
-        " all steps in GPU memory; got 0.99999618530273449."
+        f"betas[{k}] must be at most 0.999996185 where steps are counted on the GPU, which keeps the bias"
+        " corrections of all of them; got 0.99999618530273449."
     )
     with pytest.raises(ValueError, match="betas") as caught:
         FusedAdam(betas=too_large, capturable=True)
