@@ -31,7 +31,8 @@ def fold(squares: Any, nonfinite: Any, lane: int) -> None:
 
 def measure(grads: Any, size: int, sums: Any) -> None:
     """Sum the squares of each chunk, and count what is not finite; a warp takes a chunk at a time."""
-    squares, nonfinite = cuda.shared.array(BLOCK, float64), cuda.shared.array(BLOCK, float64)
+    squares = cuda.shared.array(BLOCK, float64)  # in two lines: the simulator tells them by their line
+    nonfinite = cuda.shared.array(BLOCK, float64)
     here = cuda.threadIdx.x
     lane = here % LANES
     chunks = (size + CHUNK - 1) // CHUNK
@@ -154,7 +155,8 @@ def decide(
     step_size_at: int, inverse_at: int, decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
 ) -> None:  # fmt: skip
     """Sum what ``measure`` left, level by level, and decide; one block."""
-    squares, nonfinite = cuda.shared.array(BLOCK, float64), cuda.shared.array(BLOCK, float64)
+    squares = cuda.shared.array(BLOCK, float64)  # in two lines: the simulator tells them by their line
+    nonfinite = cuda.shared.array(BLOCK, float64)
     source = 0
     while left > 1:
         sum_level(squares, nonfinite, sums, source, left, source + left)
