@@ -1,4 +1,4 @@
-"""The clock of an optimizer that counts and decides in GPU memory: what it is made of, and when it is replaced."""
+"""The clock of an optimizer that counts and decides in GPU memory: what it is made of, and until when."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def require_tables(hyperparameters: Hyperparameters) -> None:
     for k, beta in enumerate(hyperparameters.betas):
         if beta > LARGEST_BETA:
             raise ValueError(
-                f"betas[{k}] must be at most {LARGEST_BETA:.9g} where steps are counted on the GPU, which keeps"
-                f" the bias corrections of all of them; got {beta:.17g}."
+                f"betas[{k}] must be at most {LARGEST_BETA:.9g} where steps are counted on the GPU, which"
+                f" keeps the bias corrections of all of them; got {beta:.17g}."
             )
 
 

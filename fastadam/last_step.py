@@ -20,7 +20,7 @@ class Done(NamedTuple):
 class LastStep:
     """What the last call of ``step`` did.
 
-    On a GPU, what was decided there is read when it is asked for: that waits for the device. Nothing else does.
+    What was decided on a GPU is read when it is asked for, and that waits for the device.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastadam import backends, buffers, clocks, device_buffers, streams
+from fastadam.accumulation import Accumulator
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, require_grad_scale
 from fastadam.kernels import rules
@@ -155,12 +156,13 @@ class FusedAdam:
         # What is known of the last step: its coefficients, if it was a plain one, or its number on the clock.
         self._last: Done | Coefficients | int | None = None
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
+        self._accumulator = Accumulator()
         self._library = ""  # whose current stream the last capturable step took
 
     def step(
         self,
         flat_params: object,
-        flat_grads: object,
+        flat_grads: object = None,
         *,
         grad_scale: object = None,
         stream: object = None,
@@ -185,7 +187,8 @@ class FusedAdam:
             to its elements, CuPy's, Numba's or anything with ``__cuda_array_interface__`` or DLPack.
         flat_grads : array_like
             The gradients, n elements of the same dtype on the same device, read only; they may be read-only.
-            Written, too, with ``zero_grads``.
+            Written, too, with ``zero_grads``. None, the default, is the mean of what :meth:`accumulate` has
+            added up, which is cleared.
         grad_scale : float, optional
             What the loss was multiplied with, greater than 0: the gradients are divided by it.
         stream : optional
@@ -201,12 +204,14 @@ class FusedAdam:
             moments or the backend; or if ``stream`` is no stream.
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
-            overlap; if ``grad_scale`` is out of its range; or if the stream is being captured and the step
-            could not be replayed.
+            overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if
+            ``grad_scale`` is out of its range; or if the stream is being captured and the step could not be
+            replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
         params, grads = self._flat(flat_params, flat_grads, stream)
+        summed = self._accumulator.calls
         state, kernels = self._state, self._kernels
         if kernels is None:  # the first step, or the first after load_state_dict
             kernels, state = self._begin(params, grads)
@@ -222,33 +227,86 @@ class FusedAdam:
             take = self._plan_on_device(kernels, state, params, grads, c, grad_scale)
             take()  # queued in a moment, or refused by CUDA: counted after
             self._state, self._kernels, self._last = state, kernels, c
+            self._accumulator.calls = 0
             state.advance()
             if state._clock is not None:
                 self._last = state._clock.attempts - 1
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
             return
 
-        scale = None if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
+        scale = None if grad_scale is None and not summed else _scale(grad_scale, summed, c)
+        clear = c.clear if not summed else rules.Clear()
         last: Done | Coefficients = c
         clip_factor = 1.0
         if c.reads_gradients_first:
             last = self._look_at(kernels, grads, c, state, scale)
             if last.skipped:
-                if c.clear is not None:
+                if clear is not None:
                     cast("buffers.Array", grads)[:] = 0
-                self._last = last
+                self._last, self._accumulator.calls = last, 0
                 return
             clip_factor = last.clip_factor
         types = c.types if scale is None else c.scaled_types
+        if summed:
+            types = types._replace(clear=rules.Clear)
         if self._prepared != types:
-            kernels.prepare(params, grads, moments, c.update(1, grad_scale=scale), c.clear)
+            kernels.prepare(params, grads, moments, c.update(1, grad_scale=scale), clear)
             self._prepared = types
         update = c.update(state._step + 1, grad_scale=scale, clip_factor=clip_factor)
-        take = kernels.plan(params, grads, moments, update, c.clear)
+        take = kernels.plan(params, grads, moments, update, clear)
         # It runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is counted before.
         self._state, self._kernels, self._last = state, kernels, last
+        self._accumulator.calls = 0
         state.advance()
         take()
+
+    def accumulate(self, flat_grads: object, *, stream: object = None) -> None:
+        """Add gradients to a sum, of which the next :meth:`step` takes the mean.
+
+        Reads ``flat_grads`` and the sum, writes the sum: 12 bytes per float32 element, and 4 more with
+        ``zero_grads``. The sum is allocated by the first call, 4 bytes per element, and kept. A call that
+        raises has changed nothing.
+
+        Parameters
+        ----------
+        flat_grads, stream
+            As for :meth:`step`.
+
+        Raises
+        ------
+        TypeError, ValueError, ImportError
+            As :meth:`step` does for ``flat_grads``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastadam import FusedAdam
+        >>> params = np.zeros(2)
+        >>> opt = FusedAdam()
+        >>> for micro_batch in ([1.0, 2.0], [3.0, 4.0]):
+        ...     opt.accumulate(np.array(micro_batch))
+        >>> opt.step(params)  # with the gradient [2, 3]
+        """
+        clears = self._hyperparameters.zero_grads
+        grads = buffers.flat(flat_grads, "flat_grads", writable=clears, backend=self._backend)
+        if isinstance(grads, DeviceBuffer):
+            grads, _ = streams.bind(grads, grads, stream)
+        elif stream is not None:
+            raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
+        state, total = self._state, self._accumulator.total
+        if state._arrays:
+            # A state of a checkpoint or a copy goes where the parameters are with the next step.
+            fits = buffers.require_same_size if self._kernels is None else buffers.require_same_layout
+            fits("flat_grads", grads, "the state", state._arrays[0])
+            buffers.require_disjoint("flat_grads", grads, "the state", state._block)
+        if total is not None:
+            fits = (
+                buffers.require_same_size if not self._accumulator.is_placed else buffers.require_same_layout
+            )
+            fits("flat_grads", grads, "the accumulated gradients", total)
+            buffers.require_disjoint("flat_grads", grads, "the accumulated gradients", total)
+        kernels = self._kernels or backends.load(self._choose(grads, "flat_grads"))
+        self._accumulator.add(kernels, grads, clear=clears)
 
     @property
     def last_step(self) -> LastStep | None:
@@ -271,7 +329,7 @@ class FusedAdam:
 
         A CUDA graph that holds a step must be captured again.
         """
-        self._replace_state(State())
+        self._replace_state(State(), Accumulator())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-exact resume needs.
@@ -286,7 +344,7 @@ class FusedAdam:
         values = self._hyperparameters.to_dict()
         if callable(self.lr):
             values["lr"] = float(self.lr(max(self._state.step, 1)))
-        return {**values, **self._state.to_dict()}
+        return {**values, **self._state.to_dict(), **self._accumulator.to_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the hyperparameters, the moments and the step counter.
@@ -318,9 +376,10 @@ class FusedAdam:
         hyperparameters = Hyperparameters(**values)
         if self._capturable:
             clocks.require_possible(hyperparameters)
+        accumulator = Accumulator.from_dict(entries)
         state = State.from_dict(entries, hyperparameters.state, self._state)
         self._hyperparameters = hyperparameters
-        self._replace_state(state)
+        self._replace_state(state, accumulator)
 
     @property
     def backend(self) -> str | None:
@@ -456,8 +515,21 @@ class FusedAdam:
     ) -> tuple[buffers.Buffer, buffers.Buffer]:
         """View the arguments of a step as buffers that fit each other."""
         params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
-        clears = self._hyperparameters.zero_grads
-        grads = buffers.flat(flat_grads, "flat_grads", writable=clears, backend=self._backend)
+        if flat_grads is None:
+            if not self._accumulator.calls:
+                raise ValueError("flat_grads must be given where nothing was accumulated; got None.")
+            kernels = self._kernels or backends.load(self._choose(params, "flat_params"))
+            total = cast("buffers.Buffer", self._accumulator.total)
+            buffers.require_same_size("flat_params", params, "the accumulated gradients", total)
+            grads = self._accumulator.at(kernels, params)
+        else:
+            if self._accumulator.calls:
+                raise ValueError(
+                    f"flat_grads must be None after accumulate; got {type(flat_grads).__name__}."
+                    " Accumulate it, too."
+                )
+            clears = self._hyperparameters.zero_grads
+            grads = buffers.flat(flat_grads, "flat_grads", writable=clears, backend=self._backend)
         buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
         if isinstance(params, DeviceBuffer) and isinstance(grads, DeviceBuffer):
@@ -466,11 +538,9 @@ class FusedAdam:
             raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
         return params, grads
 
-    def _begin(self, params: buffers.Buffer, grads: buffers.Buffer) -> tuple[Any, State]:
-        """Choose the backend for the parameters, and have the state where they are."""
-        state, on_device = self._state, isinstance(params, DeviceBuffer)
-        if state._kernels is not None:  # shared with a copy of this optimizer that has stepped
-            return state._kernels, state
+    def _choose(self, buffer: buffers.Buffer, label: str) -> str:
+        """Return the name of the backend for a buffer."""
+        on_device = isinstance(buffer, DeviceBuffer)
         name = self._backend or (backends.cuda() if on_device else "cpu")
         for wanted, reason in (
             (name != "cpu", f"for backend={name!r}"),
@@ -478,8 +548,16 @@ class FusedAdam:
         ):
             if wanted != on_device:
                 memory = "GPU memory" if wanted else "CPU memory"
-                raise TypeError(f"flat_params must be in {memory} {reason}; got {buffers.place(params)}.")
-        kernels, names = backends.load(name), self._hyperparameters.state
+                raise TypeError(f"{label} must be in {memory} {reason}; got {buffers.place(buffer)}.")
+        return name
+
+    def _begin(self, params: buffers.Buffer, grads: buffers.Buffer) -> tuple[Any, State]:
+        """Choose the backend for the parameters, and have the state where they are."""
+        state = self._state
+        if state._kernels is not None:  # shared with a copy of this optimizer that has stepped
+            return state._kernels, state
+        kernels = backends.load(self._choose(params, "flat_params"))
+        names = self._hyperparameters.state
         if state._arrays:
             buffers.require_same_size("flat_params", params, "the state", state._arrays[0])
         if isinstance(params, DeviceBuffer):
@@ -510,11 +588,18 @@ class FusedAdam:
     def _plan_on_device(
         self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients, grad_scale: Any
     ) -> Callable[[], None]:
-        """Return the call that queues a step, on the state's clock where something is decided on the device."""
+        """Return the call that queues a step, on a clock where something is decided on the device."""
         captured = streams.is_captured(kernels, params, grads)
-        scale = _scale_on_device(grad_scale, params, c)
+        summed = self._accumulator.calls
+        there = None if grad_scale is None else _scale_on_device(grad_scale, params)
+        scale = (
+            None
+            if grad_scale is None and not summed
+            else _scale(grad_scale if there is None else 1, summed, c)
+        )
+        clear = c.clear if not summed else rules.Clear()
         moments: Any = state._arrays
-        on_clock = self._capturable or c.reads_gradients_first or isinstance(scale, DeviceBuffer)
+        on_clock = self._capturable or c.reads_gradients_first or there is not None
         if not on_clock and state._clock is None:
             if captured:
                 raise ValueError(
@@ -522,12 +607,12 @@ class FusedAdam:
                     " Use FusedAdam(capturable=True)."
                 )
             update = c.update(state._step + 1, grad_scale=scale)
-            return kernels.plan(params, grads, moments, update, c.clear)
+            return kernels.plan(params, grads, moments, update, clear)
 
         h = self._hyperparameters
-        types = c.types if scale is None else c.scaled_types
+        types = (c.types if scale is None else c.scaled_types)._replace(clear=type(clear))
         state._clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step)
-        look = Look(1.0 if scale is None else scale, h.max_grad_norm, h.skip_nonfinite)
+        look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite)
         return kernels.plan_on_clock(params, grads, moments, state._clock, look)
 
     def _change(self, **values: Any) -> None:
@@ -549,8 +634,8 @@ class FusedAdam:
                 state.leave_clock()
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
 
-    def _replace_state(self, state: State) -> None:
-        self._state = state
+    def _replace_state(self, state: State, accumulator: Accumulator) -> None:
+        self._state, self._accumulator = state, accumulator
         self._coefficients = self._prepared = self._kernels = self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -573,12 +658,16 @@ class FusedAdam:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
-def _scale_on_device(grad_scale: Any, params: DeviceBuffer, c: Coefficients) -> float | DeviceBuffer | None:
-    """Return a ``grad_scale`` as a float, or where it lies on the device of the parameters."""
-    if grad_scale is None:
-        return None
+def _scale(grad_scale: Any, summed: int, c: Coefficients) -> float:
+    """Return what gradients, or the sum of so many, are divided by."""
+    number = 1.0 if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
+    return number * summed if summed else number
+
+
+def _scale_on_device(grad_scale: Any, params: DeviceBuffer) -> DeviceBuffer | None:
+    """Return where a ``grad_scale`` lies, if it is on the device of the parameters."""
     if not hasattr(grad_scale, "__cuda_array_interface__"):
-        return require_grad_scale(grad_scale, c.dtype)
+        return None
     scale = cast("DeviceBuffer", buffers.flat(grad_scale, "grad_scale", writable=False))
     if scale.size != 1:
         raise ValueError(f"grad_scale must have one element; got {scale.size}.")

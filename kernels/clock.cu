@@ -102,9 +102,9 @@ struct Form {
     }
 };
 
-// A scale of the host, or one of 4 or 8 bytes in device memory.
+// A scale of the host, times one of 4 or 8 bytes in device memory, if there is one.
 DEVICE double scale_of(double value, const float* narrow, const double* wide, long long bytes) {
-    return bytes == 4 ? double(*narrow) : bytes == 8 ? *wide : value;
+    return bytes == 4 ? times(value, double(*narrow)) : bytes == 8 ? times(value, *wide) : value;
 }
 
 #define FORM_PARAMETERS                                                                                          \
@@ -139,6 +139,15 @@ decide(Sums* sums, long long left, long long clips, double max_norm, long long s
     const double norm = over(root(total.squares), by);
     const double factor = clips ? clip_factor(norm, max_norm, CLIP_EPS, 1.0) : 1.0;
     FORM.form(by, norm, factor, total.nonfinite, skips && total.nonfinite > 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+accumulate(Real* total, Real* grads, long long size, long long clear) {
+    const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += threads) {
+        total[i] = total[i] + grads[i];
+        if (clear) grads[i] = Real{};
+    }
 }
 
 extern "C" __global__ void set_lr(double* lrs, double value) { *lrs = value; }

@@ -20,7 +20,7 @@ from .compiling import JIT_OPTIONS, jit
 from .norms import measure, scratch_size
 from .storage import load, store
 
-__all__ = ["PARALLEL_FROM", "measure", "name", "plan", "prepare", "scratch_size", "warmup"]
+__all__ = ["PARALLEL_FROM", "accumulate", "measure", "name", "plan", "prepare", "scratch_size", "warmup"]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -76,8 +76,22 @@ def _make_whole(cache_key: str) -> Callable[..., None]:
     return step_whole
 
 
+def _make_accumulate(cache_key: str) -> Callable[..., None]:
+    def accumulate_elements(total: Array, grads: Array, clear: Any) -> None:
+        cache_key  # noqa: B018
+        for i in prange(total.size):
+            store(total, i, load(total, i) + load(grads, i))
+            if clear is not None:
+                grads[i] = 0
+
+    return accumulate_elements
+
+
 serial, parallel = jit(_make_plain), jit(_make_plain, parallel=True)
 whole_serial, whole_parallel = jit(_make_whole), jit(_make_whole, parallel=True)
+
+
+accumulate_serial, accumulate_parallel = jit(_make_accumulate), jit(_make_accumulate, parallel=True)
 
 
 def _loops(c: rules.Update, clear: rules.Clear | None) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -119,6 +133,26 @@ def plan(
         for a, b in threads.pieces(size, threads.count())
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+
+
+def accumulate(total: Array, grads: Array, *, clear: bool) -> None:
+    """Add ``grads`` to ``total``, in place, and set them to zero with ``clear``: reads 8 n, writes 4 n bytes."""
+    loop, flag = _accumulating(total), rules.Clear() if clear else None
+    if loop is accumulate_parallel or total.size < PARALLEL_FROM:
+        loop(total, grads, flag)
+        return
+    pieces = threads.pieces(total.size, threads.count())
+    threads.run_in_pool([partial(loop, total[a:b], grads[a:b], flag) for a, b in pieces])
+
+
+def prepare_accumulate(total: Array, grads: Array, *, clear: bool) -> None:
+    """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
+    _accumulating(total)(total[:0], grads[:0], rules.Clear() if clear else None)
+
+
+def _accumulating(total: Array) -> Any:
+    parallel_pays = total.size >= PARALLEL_FROM and threads.numba_is_safe()
+    return accumulate_parallel if parallel_pays else accumulate_serial
 
 
 def prepare(

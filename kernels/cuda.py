@@ -81,14 +81,15 @@ class KernelTypes(NamedTuple):
         return tuple(field for part in self.parts for field in getattr(part, "_fields", ()))
 
 
-CLOCK_ENTRIES = ("form_coefficients", "set_lr", "measure", "decide")
+CLOCK_ENTRIES = ("form_coefficients", "set_lr", "measure", "decide", "accumulate")
 """The kernels that know no rule."""
 
 
 class Look(NamedTuple):
     """What a step on a clock must know before it writes."""
 
-    grad_scale: float | DeviceBuffer = 1.0  # what the gradients are divided by, or where that lies
+    grad_scale: float = 1.0  # what the gradients are divided by
+    scale_there: DeviceBuffer | None = None  # where another factor of that lies
     max_grad_norm: float | None = None
     skips: bool = False  # takes no step where a gradient is inf or NaN
 
@@ -170,6 +171,15 @@ class Cuda(ABC):
             self.launch(kernel, blocks, grids.BLOCK, arguments, device, stream)
 
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
+
+    def accumulate(self, total: DeviceBuffer, grads: DeviceBuffer, *, clear: bool) -> None:
+        """Queue: add ``grads`` to ``total``, and set them to zero with ``clear``; on the stream of ``grads``."""
+        nothing = type(None)
+        types = KernelTypes(total.dtype, 0, *[nothing] * 6)
+        kernel = self.kernel("accumulate", types, total.device)
+        blocks = grids.blocks(total.size, 0, total.dtype.itemsize, self.resident_threads(total.device))
+        arguments = (total.pointer, grads.pointer, total.size, int(clear))
+        self.launch(kernel, blocks, grids.BLOCK, arguments, total.device, grads.stream or 0)
 
     def swap(self, one: DeviceBuffer, other: DeviceBuffer) -> None:
         """Queue the exchange of the contents of two buffers on the stream of the first, block by block."""

@@ -109,9 +109,9 @@ class Clock:
     def plan(self, grads: DeviceBuffer, look: Look, stream: int) -> Callable[[], None]:
         """Return the call that queues: look at the gradients, if need be, and form the next coefficients."""
         scale: tuple[Any, ...] = (look.grad_scale, 0, 0, 0)
-        if isinstance(look.grad_scale, DeviceBuffer):
-            place = look.grad_scale.pointer
-            scale = (1.0, place, place, look.grad_scale.dtype.itemsize)
+        if look.scale_there is not None:
+            place = look.scale_there.pointer
+            scale = (look.grad_scale, place, place, look.scale_there.dtype.itemsize)
         slot = self._reports + self.attempts % REPORTS * 8 * len(Report._fields)
         form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, slot)
         if not look.reads_gradients_first:
@@ -130,10 +130,9 @@ class Clock:
 
     def _queue(self, launches: list[tuple[Any, int, int, tuple[Any, ...]]], look: Look, stream: int) -> None:
         self.stream = stream
-        scale = look.grad_scale
-        if isinstance(scale, DeviceBuffer) and not same_stream(stream, scale.stream or stream):
-            event = self.backend.event(self.device)
-            self.backend.order(scale.stream or 0, stream, event, self.device)
+        there = look.scale_there
+        if there is not None and there.stream is not None and not same_stream(stream, there.stream):
+            self.backend.order(there.stream, stream, self.backend.event(self.device), self.device)
         for kernel, blocks, threads, arguments in launches:
             self.backend.launch(kernel, blocks, threads, arguments, self.device, stream)
         self.looked[self.attempts % REPORTS] = look.reads_gradients_first

@@ -85,11 +85,11 @@ def sum_level(squares: Any, nonfinite: Any, sums: Any, source: int, size: int, t
 
 @cuda.jit(device=True)
 def scale_of(value: float, narrow: Any, wide: Any, nbytes: int) -> Any:
-    """Return a scale of the host, or one of 4 or 8 bytes in device memory."""
+    """Return a scale of the host, times one of 4 or 8 bytes in device memory, if there is one."""
     if nbytes == 4:
-        return np.float64(narrow[0])
+        return value * np.float64(narrow[0])
     if nbytes == 8:
-        return wide[0]
+        return value * wide[0]
     return value
 
 
@@ -179,6 +179,16 @@ def decide(
         corrections1, count1, inverse_corrections2, count2, coefficients,
         step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report,
     )  # fmt: skip
+
+
+def accumulate(total: Any, grads: Any, size: int, clear: int) -> None:
+    """Add gradients to their sum, and set them to zero with ``clear``."""
+    i = cuda.grid(1)
+    while i < size:
+        total[i] += grads[i]
+        if clear != 0:
+            grads[i] = 0
+        i += cuda.gridsize(1)
 
 
 def set_lr(lrs: Any, value: float) -> None:

@@ -40,6 +40,8 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     integer, double = types.int64, types.float64
     if entry == "set_lr":
         return (of_double, double)
+    if entry == "accumulate":
+        return (pointer, pointer, integer, integer)
     if entry == "measure":
         return (pointer, integer, of_double)
     if entry in {"form_coefficients", "decide"}:
