@@ -90,6 +90,8 @@ def require_disjoint(name: str, array: Buffer, other_name: str, other: Buffer) -
     """Raise ValueError if two flat buffers in the same memory share some of it."""
     if isinstance(array, DeviceBuffer) and isinstance(other, DeviceBuffer):
         overlap = array.pointer < _end(other) and other.pointer < _end(array)
+    elif isinstance(array, DeviceBuffer) or isinstance(other, DeviceBuffer):
+        overlap = False  # one in each memory
     else:
         overlap = np.may_share_memory(array, other)  # compares bounds: exact for contiguous arrays
     if overlap:

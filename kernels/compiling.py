@@ -28,14 +28,14 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import rules, storage
+from . import chunks, rules, storage
 
 JIT_OPTIONS = {"error_model": "numpy"}
 
 
 @cache
 def digest() -> str:
-    """Digest all source files of this package, and the rules as loaded.
+    """Digest all source files of this package, and what loops call as loaded.
 
     Python may load a rule from a stale ``.pyc`` (same size, same second): its machine code must not be cached
     as that of the new source.
@@ -43,10 +43,13 @@ def digest() -> str:
     sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.read_bytes())
-    for module in (rules, storage):
-        for function in vars(module).values():
+    for module in (chunks, rules, storage):
+        for value in vars(module).values():
+            function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):
                 sha.update(marshal.dumps(function.__code__, 2))  # from 3 on it depends on refcounts
+            elif isinstance(value, (int, float)):  # a constant that loops are compiled with
+                sha.update(str(value).encode())
     return sha.hexdigest()
 
 
@@ -70,7 +73,7 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
 
 
-def jit(make_loop: Callable[[str], Callable[..., None]], *, parallel: bool = False) -> Any:
+def jit(make_loop: Callable[[str], Callable[..., Any]], *, parallel: bool = False) -> Any:
     """Compile a loop over buffers by the policy of this module.
 
     ``make_loop(cache_key)`` returns the loop, which must name ``cache_key`` somewhere in its body.

@@ -136,7 +136,10 @@ def plan(
 
 
 def accumulate(total: Array, grads: Array, *, clear: bool) -> None:
-    """Add ``grads`` to ``total``, in place, and set them to zero with ``clear``: reads 8 n, writes 4 n bytes."""
+    """Add ``grads`` to ``total``, in place, and set them to zero with ``clear``.
+
+    Memory traffic in float32: reads 8 n and writes 4 n bytes, or 8 n.
+    """
     loop, flag = _accumulating(total), rules.Clear() if clear else None
     if loop is accumulate_parallel or total.size < PARALLEL_FROM:
         loop(total, grads, flag)

@@ -10,14 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from . import grids, rules
-
-if TYPE_CHECKING:
-    from .cuda_clock import Clock
 
 Array: TypeAlias = Any
 """An array of the library in device memory."""
@@ -131,12 +128,12 @@ class Cuda(ABC):
         params: DeviceBuffer,
         grads: DeviceBuffer,
         states: Sequence[DeviceBuffer],
-        clock: Clock,
+        clock: Any,
         look: Look,
     ) -> Callable[[], None]:
-        """Return what :meth:`plan` does, with a step number and a learning rate that lie on the device.
+        """Return what :meth:`plan` does, with coefficients that a clock forms on the device.
 
-        What the call queues may be captured in a CUDA graph.
+        ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. What the call queues may be captured in a CUDA graph.
         """
         kernel = self.kernel("step_captured", clock.types, params.device)
         prepare = clock.plan(grads, look, params.stream or 0)
@@ -173,7 +170,7 @@ class Cuda(ABC):
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
 
     def accumulate(self, total: DeviceBuffer, grads: DeviceBuffer, *, clear: bool) -> None:
-        """Queue: add ``grads`` to ``total``, and set them to zero with ``clear``; on the stream of ``grads``."""
+        """Queue on the stream of ``grads``: add them to ``total``, and set them to zero with ``clear``."""
         nothing = type(None)
         types = KernelTypes(total.dtype, 0, *[nothing] * 6)
         kernel = self.kernel("accumulate", types, total.device)

@@ -175,7 +175,7 @@ class Clock:
         return int(self.backend.to_host(self._memory[:8], self.device).view(np.int64)[0])
 
     def report(self, attempt: int) -> Report:
-        """Return the report of a step, counted from 0 with those skipped, when the device has done its work."""
+        """Return the report of a step, counted from 0 with those skipped; waits for the device."""
         size = 8 * len(Report._fields)
         start = self._reports_from + attempt % REPORTS * size
         host = self.backend.to_host(self._memory[start : start + size], self.device)

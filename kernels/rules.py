@@ -52,12 +52,12 @@ def lr_times_weight_decay(lr: Scalar, weight_decay: Scalar) -> Scalar:
 
 
 def grad_norm(sum_of_squares: Scalar, grad_scale: Scalar) -> Scalar:
-    """Global norm of the unscaled gradient."""
+    """Return the global norm of the unscaled gradient."""
     return sqrt(sum_of_squares) / grad_scale
 
 
 def clip_factor(norm: Scalar, max_grad_norm: Scalar, eps: Scalar, most: Scalar) -> Scalar:
-    """What takes a gradient of a norm to ``max_grad_norm``, at most ``most``; NaN for NaN."""
+    """Return what takes a gradient of a norm to ``max_grad_norm``, at most ``most``; NaN for NaN."""
     factor = max_grad_norm / (norm + eps)
     return most if factor > most else factor
 

@@ -59,9 +59,9 @@ def numba_is_safe() -> bool:
     return _numba_layer_is_safe
 
 
-def pieces(size: int, threads: int) -> list[tuple[int, int]]:
+def pieces(size: int, threads: int, min_piece: int = MIN_PIECE) -> list[tuple[int, int]]:
     """Split ``range(size)`` into at most ``threads`` nearly equal ``(start, stop)``."""
-    wanted = max(1, min(threads, size // MIN_PIECE))
+    wanted = max(1, min(threads, size // min_piece))
     step = -(-size // wanted)
     step += -step % ALIGNMENT
     return [(start, min(start + step, size)) for start in range(0, size, step)]

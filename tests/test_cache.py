@@ -25,6 +25,14 @@ kernel = cpu.parallel if SIZE >= cpu.PARALLEL_FROM else cpu.serial
 print(float(params[0]), sum(kernel.stats.cache_hits.values()), kernel.stats.cache_path)
 """
 
+NORM = """
+import numpy as np
+from fastadam.kernels import norms
+total, nonfinite = norms.measure(np.full(SIZE, 3, "DTYPE"), np.empty(norms.scratch_size(SIZE)))
+hits = [sum(loop.stats.cache_hits.values()) for loop in (norms.serial, norms.parallel, norms.fold)]
+print(total, sum(hits), norms.fold.stats.cache_path)
+"""
+
 
 @pytest.fixture
 def copied(tmp_path):
@@ -38,12 +46,12 @@ def copied(tmp_path):
     return root
 
 
-def run(root, size=100, dtype="float32", **environment):
+def run(root, size=100, dtype="float32", script=STEP, **environment):
     """Step in a new process: (the first parameter, cache hits, cache path)."""
     # -S keeps an editable install's import hook from finding the original.
     paths = [str(root), *(path for path in sys.path if path.endswith("site-packages"))]
     process = subprocess.run(
-        [sys.executable, "-S", "-c", STEP.replace("SIZE", str(size)).replace("DTYPE", dtype)],
+        [sys.executable, "-S", "-c", script.replace("SIZE", str(size)).replace("DTYPE", dtype)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
@@ -99,6 +107,20 @@ def test_an_edited_source_is_compiled_again(copied, file, old, new, expected):
     assert run(copied)[:2] == (expected, 0)
     source.write_text(text)
     assert run(copied)[:2] == (-0.5, 1)
+
+
+@pytest.mark.parametrize("size", [100, 200_000], ids=["serial", "parallel"])
+def test_norms(copied, size):
+    """The sums of :mod:`fastadam.kernels.norms` are emitted by functions that Numba's cache does not know."""
+    assert run(copied, size, script=NORM)[:2] == (9 * size, 0)
+    assert run(copied, size, script=NORM)[:2] == (9 * size, 2)
+    source = copied / "fastadam/kernels/chunks.py"
+    text = source.read_text()
+    assert text.count("builder.fmul(terms, terms") == 1
+    source.write_text(text.replace("builder.fmul(terms, terms", "builder.fadd(terms, terms"))
+    assert run(copied, size, script=NORM)[:2] == (6 * size, 0)
+    source.write_text(text)
+    assert run(copied, size, script=NORM)[:2] == (9 * size, 2)
 
 
 def test_machine_code_of_a_stale_pyc_is_not_kept(copied):
