@@ -153,8 +153,8 @@ class FusedAdam:
         self._prepared: object = None  # the types for which the kernels were compiled
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
-        # What is known of the last step: its coefficients, if it was a plain one, or its number on the clock.
-        self._last: Done | Coefficients | int | None = None
+        # What is known of the last step: its coefficients, if it was a plain one, or its number on a clock.
+        self._last: Done | Coefficients | tuple[Clock, int] | None = None
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._accumulator = Accumulator()
         self._library = ""  # whose current stream the last capturable step took
@@ -230,7 +230,7 @@ class FusedAdam:
             self._accumulator.calls = 0
             state.advance()
             if state._clock is not None:
-                self._last = state._clock.attempts - 1
+                self._last = (state._clock, state._clock.attempts - 1)
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
             return
 
@@ -311,11 +311,11 @@ class FusedAdam:
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of :meth:`step` did; None before the first, and after a load or a reset."""
-        last, clock = self._last, self._state._clock
+        last = self._last
         if last is None:
             return None
-        if isinstance(last, int):
-            return LastStep(partial(clocks.done, cast("Clock", clock), last))
+        if isinstance(last, tuple) and not isinstance(last, Done):
+            return LastStep(partial(clocks.done, *last))
         done = Done(self._state._step, last.lr) if isinstance(last, Coefficients) else last
         return LastStep(lambda: done)
 
@@ -611,7 +611,13 @@ class FusedAdam:
 
         h = self._hyperparameters
         types = (c.types if scale is None else c.scaled_types)._replace(clear=type(clear))
-        state._clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step)
+        clock = state._clock
+        if captured and clock is not None and clock.types != types:
+            raise ValueError(
+                "stream must not be in capture: this step is compiled otherwise than the one before."
+                " Take one step like it before."
+            )
+        state._clock = clocks.fitting(clock, kernels, params, h, c, types, state._step)
         look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite)
         return kernels.plan_on_clock(params, grads, moments, state._clock, look)
 

@@ -133,7 +133,8 @@ class Cuda(ABC):
     ) -> Callable[[], None]:
         """Return what :meth:`plan` does, with coefficients that a clock forms on the device.
 
-        ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. What the call queues may be captured in a CUDA graph.
+        ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. What the call queues may be captured in a
+        CUDA graph.
         """
         kernel = self.kernel("step_captured", clock.types, params.device)
         prepare = clock.plan(grads, look, params.stream or 0)

@@ -236,3 +236,25 @@ def test_betas_whose_bias_corrections_fill_the_memory(cupy):
         "betas[1] must be at most 0.999996185 where steps are counted on the GPU, which keeps the bias"
         " corrections of all of them; got 0.99999809265136719.",
     )
+
+
+def test_a_capture_of_another_kind_of_step(cupy):
+    opt, stream, params, grads = FusedAdam(capturable=True), cupy.cuda.Stream(), ones(cupy), ones(cupy)
+    with stream:
+        opt.step(params, grads)
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="stream") as caught:
+            opt.step(params, grads, grad_scale=2.0)
+        assert stream.end_capture().calls == []
+    assert str(caught.value) == (
+        "stream must not be in capture: this step is compiled otherwise than the one before."
+        " Take one step like it before."
+    )
+
+
+def test_what_the_last_step_did_outlives_its_clock(cupy):
+    opt = FusedAdam(max_grad_norm=0.5)
+    opt.step(ones(cupy), ones(cupy))
+    opt.betas = (0.5, 0.5)
+    assert opt.last_step.grad_norm == pytest.approx(np.sqrt(8))
+    assert copy.deepcopy(opt).last_step == opt.last_step
