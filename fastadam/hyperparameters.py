@@ -295,20 +295,30 @@ def _lr_at(schedule: Schedule, step: int) -> float:
     return at_least_zero(f"lr({step})", schedule(step))
 
 
-def require_grad_scale(grad_scale: object, dtype: Floating) -> float:
-    """Return a ``grad_scale`` as a float.
+def divisor(grad_scale: object, summed: int, dtype: Floating) -> float | None:
+    """Return what the gradients of a step are divided by; None if by nothing.
+
+    Parameters
+    ----------
+    grad_scale : float, array or tensor of one in CPU memory, or None
+    summed : int
+        The gradients that were added up, if so many; 0 for one that was not.
+    dtype : dtype
+        Of the gradients.
 
     Raises
     ------
     TypeError
-        If it is not a real number, nor an array or tensor of one in CPU memory.
+        If ``grad_scale`` is not a real number.
     ValueError
         If it is not greater than 0, or not finite, or zero or inf in ``dtype``.
     """
+    if grad_scale is None:
+        return float(summed) if summed else None
     if getattr(grad_scale, "shape", None) == () and hasattr(grad_scale, "item"):  # a scalar tensor
-        grad_scale = grad_scale.item()  # type: ignore[attr-defined]
+        grad_scale = grad_scale.item()
     number = real("grad_scale", grad_scale)
     if number <= 0:
         raise ValueError(f"grad_scale must be greater than 0; got {number}.")
     _require_range("grad_scale", number, dtype)
-    return number
+    return number * max(summed, 1)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from fastadam import backends, buffers, clocks, device_buffers, streams
+from fastadam import backends, buffers, clocks, device_buffers, device_steps, streams
 from fastadam.accumulation import Accumulator
 from fastadam.checks import require_flag
-from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, require_grad_scale
+from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, divisor
 from fastadam.kernels import rules
-from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
+from fastadam.kernels.cuda import DeviceBuffer
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.last_step import Done, LastStep
 from fastadam.state import State, plain, require_keys
+from fastadam.tunables import Tunables
 
 
-class FusedAdam:
+class FusedAdam(Tunables):
     r"""Adam, in one fused pass over flat buffers, in place.
 
     .. math::
@@ -224,7 +225,17 @@ class FusedAdam:
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
         if isinstance(params, DeviceBuffer):
-            take = self._plan_on_device(kernels, state, params, grads, c, grad_scale)
+            take = device_steps.plan(
+                kernels,
+                state,
+                params,
+                cast("DeviceBuffer", grads),
+                self._hyperparameters,
+                c,
+                grad_scale=grad_scale,
+                summed=summed,
+                capturable=self._capturable,
+            )
             take()  # queued in a moment, or refused by CUDA: counted after
             self._state, self._kernels, self._last = state, kernels, c
             self._accumulator.calls = 0
@@ -234,8 +245,8 @@ class FusedAdam:
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
             return
 
-        scale = None if grad_scale is None and not summed else _scale(grad_scale, summed, c)
-        clear = c.clear if not summed else rules.Clear()
+        scale = divisor(grad_scale, summed, c.dtype)
+        clear = rules.Clear() if summed else c.clear
         last: Done | Coefficients = c
         clip_factor = 1.0
         if c.reads_gradients_first:
@@ -415,101 +426,6 @@ class FusedAdam:
         buffers.require_disjoint("flat_params", params, "the state", state._block)
         state.swap_last(params)
 
-    @property
-    def lr(self) -> float | Schedule:
-        """Learning rate, or the schedule that gives it; set it between steps.
-
-        With ``capturable=True`` setting it is queued on the current stream, or that given to the last step.
-        """
-        return self._hyperparameters.lr
-
-    @lr.setter
-    def lr(self, value: float | Schedule) -> None:
-        self._change(lr=value)
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Decay rates of the moments; set them between steps."""
-        return self._hyperparameters.betas
-
-    @betas.setter
-    def betas(self, value: tuple[float, float]) -> None:
-        self._change(betas=value)
-
-    @property
-    def eps(self) -> float:
-        """Added to the root of the second moment; set it between steps."""
-        return self._hyperparameters.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._change(eps=value)
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay; set it between steps."""
-        return self._hyperparameters.weight_decay
-
-    @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
-        self._change(weight_decay=value)
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """Global norm to which gradients are clipped, or None; set it between steps."""
-        return self._hyperparameters.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        self._change(max_grad_norm=value)
-
-    @property
-    def max_grad_value(self) -> float | None:
-        """Magnitude to which the elements of gradients are clipped, or None; set it between steps."""
-        return self._hyperparameters.max_grad_value
-
-    @max_grad_value.setter
-    def max_grad_value(self, value: float | None) -> None:
-        self._change(max_grad_value=value)
-
-    @property
-    def skip_nonfinite(self) -> bool:
-        """Whether gradients with inf or NaN make no step; set it between steps."""
-        return self._hyperparameters.skip_nonfinite
-
-    @skip_nonfinite.setter
-    def skip_nonfinite(self, value: bool) -> None:
-        self._change(skip_nonfinite=value)
-
-    @property
-    def zero_grads(self) -> bool:
-        """Whether a step sets the gradients to zero; set it between steps."""
-        return self._hyperparameters.zero_grads
-
-    @zero_grads.setter
-    def zero_grads(self, value: bool) -> None:
-        self._change(zero_grads=value)
-
-    @property
-    def ema_decay(self) -> float | None:
-        """Decay of the average of the parameters, or None."""
-        return self._hyperparameters.ema_decay
-
-    @property
-    def decoupled_weight_decay(self) -> bool:
-        """Whether weight decay is AdamW's."""
-        return self._hyperparameters.decoupled_weight_decay
-
-    @property
-    def amsgrad(self) -> bool:
-        """Whether the maximum of the second moments is kept and used."""
-        return self._hyperparameters.amsgrad
-
-    @property
-    def maximize(self) -> bool:
-        """Whether steps ascend."""
-        return self._hyperparameters.maximize
-
     def _flat(
         self, flat_params: object, flat_grads: object, stream: object
     ) -> tuple[buffers.Buffer, buffers.Buffer]:
@@ -585,42 +501,6 @@ class FusedAdam:
             return Done(step, c.lr_of(step + 1), norm, c.clip_factor(norm), skipped=True)
         return Done(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))
 
-    def _plan_on_device(
-        self, kernels: Cuda, state: State, params: Any, grads: Any, c: Coefficients, grad_scale: Any
-    ) -> Callable[[], None]:
-        """Return the call that queues a step, on a clock where something is decided on the device."""
-        captured = streams.is_captured(kernels, params, grads)
-        summed = self._accumulator.calls
-        there = None if grad_scale is None else _scale_on_device(grad_scale, params)
-        scale = (
-            None
-            if grad_scale is None and not summed
-            else _scale(grad_scale if there is None else 1, summed, c)
-        )
-        clear = c.clear if not summed else rules.Clear()
-        moments: Any = state._arrays
-        on_clock = self._capturable or c.reads_gradients_first or there is not None
-        if not on_clock and state._clock is None:
-            if captured:
-                raise ValueError(
-                    "stream must not be in capture: every replay would repeat this step number."
-                    " Use FusedAdam(capturable=True)."
-                )
-            update = c.update(state._step + 1, grad_scale=scale)
-            return kernels.plan(params, grads, moments, update, clear)
-
-        h = self._hyperparameters
-        types = (c.types if scale is None else c.scaled_types)._replace(clear=type(clear))
-        clock = state._clock
-        if captured and clock is not None and clock.types != types:
-            raise ValueError(
-                "stream must not be in capture: this step is compiled otherwise than the one before."
-                " Take one step like it before."
-            )
-        state._clock = clocks.fitting(clock, kernels, params, h, c, types, state._step)
-        look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite)
-        return kernels.plan_on_clock(params, grads, moments, state._clock, look)
-
     def _change(self, **values: Any) -> None:
         hyperparameters, state = self._hyperparameters.changed(**values), self._state
         coefficients, clock = None, state._clock
@@ -662,24 +542,3 @@ class FusedAdam:
         if self._capturable:
             values["capturable"] = True
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def _scale(grad_scale: Any, summed: int, c: Coefficients) -> float:
-    """Return what gradients, or the sum of so many, are divided by."""
-    number = 1.0 if grad_scale is None else require_grad_scale(grad_scale, c.dtype)
-    return number * summed if summed else number
-
-
-def _scale_on_device(grad_scale: Any, params: DeviceBuffer) -> DeviceBuffer | None:
-    """Return where a ``grad_scale`` lies, if it is on the device of the parameters."""
-    if not hasattr(grad_scale, "__cuda_array_interface__"):
-        return None
-    scale = cast("DeviceBuffer", buffers.flat(grad_scale, "grad_scale", writable=False))
-    if scale.size != 1:
-        raise ValueError(f"grad_scale must have one element; got {scale.size}.")
-    if scale.device != params.device:
-        raise TypeError(
-            f"grad_scale must be on the device of flat_params ({buffers.place(params)});"
-            f" got {buffers.place(scale)}. Pass a copy."
-        )
-    return scale

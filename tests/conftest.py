@@ -50,12 +50,16 @@ def cupy(host_kernels, monkeypatch):
     from fake_cupy import make
 
     from fastadam import backends
+    from fastadam.kernels import cuda_source, grids
 
     module = make(host_kernels)
+    monkeypatch.setattr(grids, "BLOCK", 64)  # threads that wait for each other are threads of the host
+    cuda_source.source.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.delitem(sys.modules, "fastadam.kernels.cuda_cupy", raising=False)
     backends.load.cache_clear()
     yield module
+    cuda_source.source.cache_clear()
     backends.load.cache_clear()
     sys.modules.pop("fastadam.kernels.cuda_cupy", None)
 

@@ -1,0 +1,96 @@
+"""Steps in GPU memory: with coefficients from the host, or on a clock where something is decided there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastadam import buffers, clocks, streams
+from fastadam.hyperparameters import Coefficients, Hyperparameters, divisor
+from fastadam.kernels import rules
+from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
+from fastadam.state import State
+
+
+def plan(
+    kernels: Cuda,
+    state: State,
+    params: DeviceBuffer,
+    grads: DeviceBuffer,
+    h: Hyperparameters,
+    c: Coefficients,
+    *,
+    grad_scale: object,
+    summed: int,
+    capturable: bool,
+) -> Callable[[], None]:
+    """Return the call that queues a step of checked buffers.
+
+    Parameters
+    ----------
+    kernels : Cuda
+    state : State
+        Gets a clock where it needs one.
+    params, grads : DeviceBuffer
+        Of the size, dtype and device of the state, each with its stream.
+    h : Hyperparameters
+    c : Coefficients
+        Of ``h`` in the dtype of ``params``.
+    grad_scale : float, array in GPU memory of one element, or None
+        What the gradients are divided by.
+    summed : int
+        The gradients of which ``grads`` is the sum, or 0 if they are no sum, which is not cleared then.
+    capturable : bool
+        Whether the step may be captured, and is counted in GPU memory for that.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``grad_scale`` is none, or the stream is being captured and the step could not be replayed.
+    """
+    captured = streams.is_captured(kernels, params, grads)
+    there = scale_in_gpu_memory(grad_scale, params)
+    scale = divisor(None if there is not None else grad_scale, summed, c.dtype)
+    clear = rules.Clear() if summed else c.clear
+    moments: Any = state._arrays
+    decides = c.reads_gradients_first or there is not None
+    if not (capturable or decides or state._clock is not None):
+        if captured:
+            raise ValueError(
+                "stream must not be in capture: every replay would repeat this step number."
+                " Use FusedAdam(capturable=True)."
+            )
+        return kernels.plan(params, grads, moments, c.update(state._step + 1, grad_scale=scale), clear)
+
+    scaled = scale is not None or there is not None
+    types = (c.scaled_types if scaled else c.types)._replace(clear=type(clear))
+    clock = state._clock
+    if captured and clock is not None and clock.types != types:
+        raise ValueError(
+            "stream must not be in capture: this step is compiled otherwise than the one before."
+            " Take one step like it before."
+        )
+    state._clock = clocks.fitting(clock, kernels, params, h, c, types, state._step)
+    look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite)
+    return kernels.plan_on_clock(params, grads, moments, state._clock, look)
+
+
+def scale_in_gpu_memory(grad_scale: object, params: DeviceBuffer) -> DeviceBuffer | None:
+    """Return where a ``grad_scale`` lies, if it is an array in GPU memory.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it has more than one element, is not of float32 or float64, or lies on another device.
+    """
+    if not hasattr(grad_scale, "__cuda_array_interface__"):
+        return None
+    scale = buffers.flat(grad_scale, "grad_scale", writable=False)
+    if scale.size != 1:
+        raise ValueError(f"grad_scale must have one element; got {scale.size}.")
+    if not isinstance(scale, DeviceBuffer) or scale.device != params.device:
+        raise TypeError(
+            f"grad_scale must be on the device of flat_params ({buffers.place(params)});"
+            f" got {buffers.place(scale)}. Pass a copy."
+        )
+    return scale

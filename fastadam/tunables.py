@@ -1,0 +1,113 @@
+"""The hyperparameters of an optimizer as its attributes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from fastadam.hyperparameters import Hyperparameters, Schedule
+
+
+class Tunables(ABC):
+    """Gets and sets hyperparameters; no change of a number compiles anything."""
+
+    _hyperparameters: Hyperparameters
+
+    @abstractmethod
+    def _change(self, **values: Any) -> None:
+        """Check values, and use them from the next step on."""
+
+    @property
+    def lr(self) -> float | Schedule:
+        """Learning rate, or the schedule that gives it; set it between steps.
+
+        With ``capturable=True`` setting it is queued on the current stream, or that given to the last step.
+        """
+        return self._hyperparameters.lr
+
+    @lr.setter
+    def lr(self, value: float | Schedule) -> None:
+        self._change(lr=value)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay rates of the moments; set them between steps."""
+        return self._hyperparameters.betas
+
+    @betas.setter
+    def betas(self, value: tuple[float, float]) -> None:
+        self._change(betas=value)
+
+    @property
+    def eps(self) -> float:
+        """Added to the root of the second moment; set it between steps."""
+        return self._hyperparameters.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._change(eps=value)
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay; set it between steps."""
+        return self._hyperparameters.weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._change(weight_decay=value)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Global norm to which gradients are clipped, or None; set it between steps."""
+        return self._hyperparameters.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._change(max_grad_norm=value)
+
+    @property
+    def max_grad_value(self) -> float | None:
+        """Magnitude to which the elements of gradients are clipped, or None; set it between steps."""
+        return self._hyperparameters.max_grad_value
+
+    @max_grad_value.setter
+    def max_grad_value(self, value: float | None) -> None:
+        self._change(max_grad_value=value)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether gradients with inf or NaN make no step; set it between steps."""
+        return self._hyperparameters.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._change(skip_nonfinite=value)
+
+    @property
+    def zero_grads(self) -> bool:
+        """Whether a step sets the gradients to zero; set it between steps."""
+        return self._hyperparameters.zero_grads
+
+    @zero_grads.setter
+    def zero_grads(self, value: bool) -> None:
+        self._change(zero_grads=value)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the average of the parameters, or None."""
+        return self._hyperparameters.ema_decay
+
+    @property
+    def decoupled_weight_decay(self) -> bool:
+        """Whether weight decay is AdamW's."""
+        return self._hyperparameters.decoupled_weight_decay
+
+    @property
+    def amsgrad(self) -> bool:
+        """Whether the maximum of the second moments is kept and used."""
+        return self._hyperparameters.amsgrad
+
+    @property
+    def maximize(self) -> bool:
+        """Whether steps ascend."""
+        return self._hyperparameters.maximize
