@@ -222,10 +222,10 @@ class Coefficients:
         if h.ema_decay is not None:
             self.average = rules.Average(rounded(h.ema_decay), rounded(1 - h.ema_decay))
         self._max_norm, self._max_value = h.max_grad_norm, rounded(np.inf)
-        self._conditions = h.max_grad_norm is not None
+        self._clips = h.max_grad_norm is not None
         if h.max_grad_value is not None:
             _require_range("max_grad_value", h.max_grad_value, dtype)
-            self._max_value, self._conditions = rounded(h.max_grad_value), True
+            self._max_value, self._clips = rounded(h.max_grad_value), True
         self.clear = rules.Clear() if h.zero_grads else None
         self.types = KernelTypes.of(dtype, len(h.state), self.update(1), self.clear)
         self.scaled_types = self.types._replace(conditioning=rules.Conditioning)
@@ -273,10 +273,12 @@ class Coefficients:
         """
         if self._schedule is not None:
             self._set_lr(_lr_at(self._schedule, step))
-        conditioning = None
-        if self._conditions or grad_scale is not None:
-            scale = self._rounded(1.0 if grad_scale is None else grad_scale)
-            conditioning = rules.Conditioning(scale, self._rounded(clip_factor), self._max_value)
+        conditioning: rules.Clipping | rules.Conditioning | None = None
+        if grad_scale is not None:
+            scale, factor = self._rounded(grad_scale), self._rounded(clip_factor)
+            conditioning = rules.Conditioning(scale, factor, self._max_value)
+        elif self._clips:
+            conditioning = rules.Clipping(self._rounded(clip_factor), self._max_value)
         parts = (conditioning, self.direction, self.decay, self.rule(step), self.average)
         return tuple.__new__(rules.Update, parts)
 

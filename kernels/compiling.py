@@ -125,6 +125,11 @@ def _lr_times_weight_decay(lr: Any, weight_decay: Any) -> Any:
     return rules.lr_times_weight_decay
 
 
+@overload(rules.clipped, jit_options=JIT_OPTIONS, strict=False)
+def _clipped(grad: Any, clip_factor: Any, max_value: Any) -> Any:
+    return rules.clipped
+
+
 @overload(rules.grad_norm, jit_options=JIT_OPTIONS, strict=False)
 def _grad_norm(sum_of_squares: Any, grad_scale: Any) -> Any:
     return rules.grad_norm

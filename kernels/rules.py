@@ -70,22 +70,39 @@ def unchanged(param: Scalar, grad: Scalar, c: None) -> Transformed:
     return param, grad
 
 
-class Conditioning(NamedTuple):
-    """What makes the gradient of a loss from that of a scaled one. What is not asked for changes no bit."""
+class Clipping(NamedTuple):
+    """Limits of the gradient. One that is not asked for changes no bit."""
 
-    grad_scale: Scalar  # 1 without
     clip_factor: Scalar  # from the global norm, at most 1; 1 without
     max_value: Scalar  # inf without
 
 
-def condition(param: Scalar, grad: Scalar, c: Conditioning) -> Transformed:
-    """Unscale, clip by norm, clip by value; a NaN stays one.
+def clip(param: Scalar, grad: Scalar, c: Clipping) -> Transformed:
+    """Clip by norm, then by value; a NaN stays one.
 
     Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", Algorithm 1.
     """
-    grad = grad / c.grad_scale * c.clip_factor
-    grad = c.max_value if grad > c.max_value else grad
-    return param, -c.max_value if grad < -c.max_value else grad
+    return param, clipped(grad, c.clip_factor, c.max_value)
+
+
+def clipped(grad: Scalar, clip_factor: Scalar, max_value: Scalar) -> Scalar:
+    """Multiply with a factor, then limit the magnitude."""
+    grad = grad * clip_factor
+    grad = max_value if grad > max_value else grad
+    return -max_value if grad < -max_value else grad
+
+
+class Conditioning(NamedTuple):
+    """What makes the gradient of a loss from that of a scaled one, and limits it."""
+
+    grad_scale: Scalar
+    clip_factor: Scalar
+    max_value: Scalar
+
+
+def condition(param: Scalar, grad: Scalar, c: Conditioning) -> Transformed:
+    """Unscale, then :func:`clip`."""
+    return param, clipped(grad / c.grad_scale, c.clip_factor, c.max_value)
 
 
 class Maximize(NamedTuple):
@@ -212,6 +229,7 @@ def exponential_average(param: Scalar, average: Scalar, c: Average) -> Scalar:
 
 TRANSFORMS: dict[type, Callable[..., Transformed]] = {
     type(None): unchanged,
+    Clipping: clip,
     Conditioning: condition,
     Maximize: maximize,
     L2Decay: l2_decay,
@@ -237,7 +255,7 @@ CLIP_EPS = 1e-6
 class Update(NamedTuple):
     """The coefficients of all that is done to one element, in the order in which it is done."""
 
-    conditioning: Conditioning | None
+    conditioning: Clipping | Conditioning | None
     direction: Maximize | None
     decay: L2Decay | DecoupledDecay | None
     rule: Adam | AMSGrad
@@ -245,7 +263,7 @@ class Update(NamedTuple):
 
 
 def transform(
-    param: Scalar, grad: Scalar, c: Conditioning | Maximize | L2Decay | DecoupledDecay | None
+    param: Scalar, grad: Scalar, c: Clipping | Conditioning | Maximize | L2Decay | DecoupledDecay | None
 ) -> Transformed:
     """Apply the conditioning, direction or decay that the type of ``c`` selects."""
     return TRANSFORMS[type(c)](param, grad, c)
