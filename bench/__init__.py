@@ -3,6 +3,7 @@
 From the root of the repository, with ``pip install -e ".[bench]"``:
 
 - ``python -m bench.compare``: a step beside the steps of other libraries and the memory roofline;
+- ``python -m bench.phase``: clip by norm, step, average and clear, beside PyTorch's calls and the roofline;
 - ``python -m bench.threshold``: the serial beside the parallel kernel, around ``kernels.cpu.PARALLEL_FROM``;
 - ``python -m bench.scaling``: a step by number of threads;
 - ``python -m bench.startup``: import and first step, in new processes;
@@ -14,7 +15,8 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 
 ``bash ci/gpu.sh`` runs what needs a GPU, on a machine with nothing to download from.
 
-Below them: ``harness`` (clocks), ``peers`` (contenders), ``oracle`` (correctness before every timing),
-``roofline`` (the time that the memory traffic of a step takes); for a GPU ``gpu_timer``, ``gpu_peers``,
-``gpu_measure`` and ``gpu_references``.
+Below them: ``harness`` (clocks), ``contest`` (comparisons), ``peers`` and ``phase_peers`` (contenders),
+``oracle`` and ``phase_oracle`` (correctness before every timing), ``roofline`` and ``phase_roofline`` (the
+time that the memory traffic takes); for a GPU ``gpu_timer``, ``gpu_peers``, ``gpu_measure`` and
+``gpu_references``.
 """

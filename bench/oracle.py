@@ -6,7 +6,7 @@ itself, an update that is wrong by 10 % is lost in a tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -39,6 +39,10 @@ class Contender(NamedTuple):
     write_grads: Callable[[Array], object]
     before: Callable[[], object] | None = None
     """What a step needs and does not count to its time."""
+    read_average: Callable[[], Array] | None = None
+    """Of the parameters, where it keeps one."""
+    read_grads: Callable[[], Array] | None = None
+    """Where it clears them."""
 
 
 def inputs(size: int, dtype: Any, seed: int = 0) -> tuple[Array, Array]:
@@ -60,8 +64,11 @@ def inputs(size: int, dtype: Any, seed: int = 0) -> tuple[Array, Array]:
     return params, grads
 
 
-def algorithm_1(params: Array, grads: Sequence[Array]) -> Array:
-    """Return the parameters after one step for each gradient, in float64, as the paper writes it."""
+def iterates(params: Array, grads: Sequence[Array], weight_decay: float = 0.0) -> Iterator[Array]:
+    """Yield the parameters after each step, in float64: Algorithm 1 as the paper writes it.
+
+    Weight decay is decoupled: Algorithm 2 of Loshchilov & Hutter, its schedule the learning rate.
+    """
     beta_1, beta_2 = BETAS
     theta = params.astype(np.float64)
     m = np.zeros_like(theta)
@@ -71,8 +78,13 @@ def algorithm_1(params: Array, grads: Sequence[Array]) -> Array:
         v = beta_2 * v + (1 - beta_2) * g**2
         m_hat = m / (1 - beta_1**t)
         v_hat = v / (1 - beta_2**t)
-        theta = theta - LR * m_hat / (np.sqrt(v_hat) + EPS)
-    return theta
+        theta = theta - LR * (m_hat / (np.sqrt(v_hat) + EPS) + weight_decay * theta)
+        yield theta
+
+
+def algorithm_1(params: Array, grads: Sequence[Array]) -> Array:
+    """Return the parameters after one step for each gradient, in float64."""
+    return list(iterates(params, grads))[-1]
 
 
 def tolerance(dtype: Any) -> float:
@@ -106,23 +118,49 @@ def check_update(name: str, contender: Contender, params: Array, grads: Array) -
     WrongUpdateError
         If an element is off by more than :func:`tolerance`, or is not finite.
     """
+    take_steps(contender, grads)
+    where = sample(params.size)
+    before = params[where]
+    update = contender.read_params()[where].astype(np.float64) - before
+    expected = algorithm_1(before, [grads[where] * factor for factor in GRAD_FACTORS]) - before
+    wrong = worst_wrong(update, expected, tolerance(params.dtype))
+    if wrong is not None:
+        raise WrongUpdateError(
+            f"{name} must take the steps of Adam; got an update of {wrong.got:.9g} for"
+            f" {wrong.expected:.9g} at {where[wrong.place]} of {params.size} {params.dtype} elements"
+            f" (allowed error {tolerance(params.dtype):.3g})."
+        )
+
+
+def take_steps(contender: Contender, grads: Array) -> list[Any]:
+    """Take a step with each multiple of the gradients, restore them; return what the steps returned."""
+    returned = []
     for factor in GRAD_FACTORS:
         contender.write_grads(grads * grads.dtype.type(factor))
         if contender.before is not None:
             contender.before()
-        contender.step()
+        returned.append(contender.step())
     contender.write_grads(grads)
+    return returned
 
-    where = np.unique(np.linspace(0, params.size - 1, min(params.size, _SAMPLE)).astype(np.int64))
-    before = params[where]
-    update = contender.read_params()[where].astype(np.float64) - before
-    expected = algorithm_1(before, [grads[where] * factor for factor in GRAD_FACTORS]) - before
-    error = np.abs(update - expected)
-    allowed = tolerance(params.dtype)
-    if not np.all(error <= allowed):  # also where the error is NaN
-        worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-        raise WrongUpdateError(
-            f"{name} must take the steps of Adam; got an update of {update[worst]:.9g} for"
-            f" {expected[worst]:.9g} at {where[worst]} of {params.size} {params.dtype} elements"
-            f" (allowed error {allowed:.3g})."
-        )
+
+def sample(size: int) -> Array:
+    """Return the places that are looked at: up to 64 Ki, from end to end."""
+    return np.unique(np.linspace(0, size - 1, min(size, _SAMPLE)).astype(np.int64))
+
+
+class Wrong(NamedTuple):
+    """The worst of the wrong elements."""
+
+    place: int
+    got: float
+    expected: float
+
+
+def worst_wrong(got: Array, expected: Array, allowed: float) -> Wrong | None:
+    """Return the element that errs most, if it errs by more than is allowed or is NaN."""
+    error = np.abs(got - expected)
+    if np.all(error <= allowed):  # not where the error is NaN
+        return None
+    worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
+    return Wrong(worst, float(got[worst]), float(expected[worst]))

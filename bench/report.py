@@ -29,29 +29,20 @@ app = typer.Typer(add_completion=False)
 
 def _compare(result: Result) -> str:
     rows = result["rows"]
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    cells: dict[str, dict[int, str]] = {}
-    for row in rows:
-        times = 1 / row["fastadam_over_peer"]["median"]
-        own = "" if row["peer"] == "fastadam" else f" ({times:.2f}x)"
-        cells.setdefault(row["label"], {})[row["size"]] = format_time(row["seconds"]) + own
-    times_table = tables.table(
-        [f"step, {result['dtype']}", *map(format_size, sizes)],
-        ([label, *(of_label.get(size, "") for size in sizes)] for label, of_label in cells.items()),
-    )
-    promises = [
-        [
-            f"{row['label']}, {format_size(row['size'])}",
-            f"{row['target']:.2f}",
-            tables.quartiles(row["fastadam_over_peer"], 3),
-            tables.met(row["fastadam_over_peer"]["median"], row["target"]),
+    times = tables.times(f"step, {result['dtype']}", rows)
+    return "\n".join(filter(None, (times, tables.promises(rows))))
+
+
+def _phase(result: Result) -> str:
+    parts = []
+    for work in dict.fromkeys(row["work"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["work"] == work]
+        heading = f"{work}, {result['dtype']}"
+        parts += [
+            tables.times(heading, rows),
+            tables.promises(rows, heading=f"{work}, time of fastadam over"),
         ]
-        for row in rows
-        if row["target"] is not None
-    ]
-    if not promises:
-        return times_table
-    return f"{times_table}\n{tables.table(['time of fastadam over', 'at most', 'measured', ''], promises)}"
+    return "\n".join(filter(None, parts))
 
 
 def _threshold(result: Result) -> str:
@@ -112,6 +103,7 @@ def _memory(result: Result) -> str:
 
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "compare": _compare,
+    "phase": _phase,
     "threshold": _threshold,
     "scaling": _scaling,
     "startup": _startup,

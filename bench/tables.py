@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.environment import Result
+from bench.units import format_size, format_time
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -23,6 +24,35 @@ def quartiles(ratio: dict[str, float], digits: int) -> str:
     """Return a median and its quartiles."""
     low, median, high = (f"{ratio[key]:.{digits}f}" for key in ("low", "median", "high"))
     return f"{median} ({low} to {high})"
+
+
+def times(heading: str, rows: list[dict[str, Any]]) -> str:
+    """Return the times of contenders by size; in brackets, how many times as fast fastadam is."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        ratio = 1 / row["fastadam_over_peer"]["median"]
+        own = "" if row["peer"] == "fastadam" else f" ({ratio:.2f}x)"
+        cells.setdefault(row["label"], {})[row["size"]] = format_time(row["seconds"]) + own
+    return table(
+        [heading, *map(format_size, sizes)],
+        ([label, *(of_label.get(size, "") for size in sizes)] for label, of_label in cells.items()),
+    )
+
+
+def promises(rows: list[dict[str, Any]], heading: str = "time of fastadam over") -> str | None:
+    """Return what fastadam promises and what was measured, or None where it promises nothing."""
+    promised = [
+        [
+            f"{row['label']}, {format_size(row['size'])}",
+            f"{row['target']:.2f}",
+            quartiles(row["fastadam_over_peer"], 3),
+            met(row["fastadam_over_peer"]["median"], row["target"]),
+        ]
+        for row in rows
+        if row["target"] is not None
+    ]
+    return table([heading, "at most", "measured", ""], promised) if promised else None
 
 
 def origin(result: Result) -> str:

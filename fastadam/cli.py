@@ -101,7 +101,7 @@ def demo(
     """Train a small network on handwritten digits and plot how it learns."""
     with _told(ImportError, exit_code=1):
         from fastadam import demo_plot
-        from fastadam.demo import load_digits, train
+        from fastadam.demo import OPTIMIZER, load_digits, train
 
         with _told(ValueError, exit_code=2):
             settings = Settings(seed, epochs, lr)
@@ -123,7 +123,10 @@ def demo(
     demo_plot.save(result, output)
     summary = Table.grid(padding=(0, 2))
     summary.add_row("trained on", where.label)
+    summary.add_row("learning rate", repr(result.lr))
+    summary.add_row("clipped to", f"a gradient norm of {OPTIMIZER['max_grad_norm']}")
     summary.add_row("test accuracy", f"{result.accuracy:.2%} of {digits.test_labels.size} digits")
+    summary.add_row("of the average", f"{result.averaged_accuracy:.2%}")
     summary.add_row("time in step()", f"{result.step_share:.1%} of {result.train_seconds:.2f} s of training")
     summary.add_row("speed", f"{result.steps_per_second:,.0f} steps per second")
     console.print(summary)

@@ -16,7 +16,7 @@ from fastadam.demo import Result
 
 FORMATS = (".png", ".pdf", ".svg")
 
-_BLUE, _ORANGE = "#2563eb", "#ea580c"
+_BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#9ca3af"
 
 
 def require_output(path: Path) -> None:
@@ -30,7 +30,7 @@ def require_output(path: Path) -> None:
 
 
 def save(result: Result, path: Path) -> None:
-    """Draw the training loss and the test accuracy over the epochs.
+    """Draw the training loss and the test accuracies over the epochs.
 
     Parameters
     ----------
@@ -41,7 +41,9 @@ def save(result: Result, path: Path) -> None:
     """
     # Figure without pyplot: no window system, no global state.
     figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
-    figure.suptitle("Handwritten digits, trained with AdamW by fastadam", fontweight="bold")
+    figure.suptitle(
+        "Handwritten digits, trained by fastadam: AdamW, clipped, scheduled, averaged", fontweight="bold"
+    )
     loss, accuracy = figure.subplots(1, 2)
 
     _draw(loss, "Training loss", [epoch.loss for epoch in result.epochs], "{:.2g}", _BLUE)
@@ -49,13 +51,19 @@ def save(result: Result, path: Path) -> None:
     if any(epoch.loss > 0 for epoch in result.epochs):  # not if all are NaN
         loss.set_yscale("log")
 
-    _draw(accuracy, "Test accuracy", [epoch.accuracy for epoch in result.epochs], "{:.1%}", _ORANGE)
+    weights = [epoch.accuracy for epoch in result.epochs]
+    accuracy.plot(range(1, len(weights) + 1), weights, color=_GREY, linewidth=1.2, label="of the weights")
+    averaged = [epoch.averaged_accuracy for epoch in result.epochs]
+    _draw(accuracy, "Test accuracy", averaged, "{:.1%}", _ORANGE, name="of their average")
+    accuracy.legend(loc="lower right", frameon=False)
     accuracy.set_ylabel("share of digits recognised")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, dpi=150)
 
 
-def _draw(axes: Axes, title: str, values: list[float], label: str, color: str) -> None:
+def _draw(
+    axes: Axes, title: str, values: list[float], label: str, color: str, name: str | None = None
+) -> None:
     """Draw one value per epoch, and mark the last with a label."""
     last = len(values) - 1
     axes.plot(
@@ -66,6 +74,7 @@ def _draw(axes: Axes, title: str, values: list[float], label: str, color: str) -
         marker="o",
         markevery=[last],
         clip_on=False,
+        label=name,
     )
     axes.annotate(
         label.format(values[last]),

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import (
     compare,
+    contest,
     harness,
     memory,
     oracle,
@@ -208,7 +209,7 @@ def test_comparison_refuses_a_wrong_peer(monkeypatch: pytest.MonkeyPatch) -> Non
     wrong = replace(peers.NUMPY, start=lambda p, g: variant_of_adam(p, g, sign=-1.0))
     monkeypatch.setitem(peers.PEERS, "numpy", wrong)
     with pytest.raises(oracle.WrongUpdateError, match=r"^numpy must take the steps of Adam"):
-        compare.start_all(["fastadam", "numpy"], 1000, "float32", seed=0)
+        contest.start_all(compare.STEP, ["fastadam", "numpy"], 1000, "float32", seed=0)
 
 
 def test_roofline_checks_itself() -> None:
@@ -407,7 +408,7 @@ def test_report_replaces_sections_only() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (readme("nonsense"), "a section of results must be of compare, threshold, .*; got nonsense"),
+        (readme("nonsense"), "a section of results must be of compare, phase, .*; got nonsense"),
         ("no section\n", "sections of results must stand between markers"),
         (readme().replace(":end", ":stop"), "sections of results must stand between markers"),
     ],

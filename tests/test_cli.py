@@ -284,6 +284,10 @@ def test_demo_as_a_process(tmp_path):
     assert re.search(r"100/100 loss 0\.00\d+ +test accuracy 9", process.stdout)
     accuracy = re.search(r"^test accuracy +([\d.]+)% of 360 digits", process.stdout, re.MULTILINE)
     assert float(accuracy[1]) >= 97
+    average = re.search(r"^of the average +([\d.]+)%", process.stdout, re.MULTILINE)
+    assert float(average[1]) >= 97
+    assert re.search(r"^learning rate +linear_warmup\(lr=cosine\(lr=0\.003, ", process.stdout, re.MULTILINE)
+    assert re.search(r"^clipped to +a gradient norm of 1\.0 *$", process.stdout, re.MULTILINE)
     assert re.search(r"^trained on +CPU *$", process.stdout, re.MULTILINE)
     assert re.search(r"^time in step\(\) +[\d.]+% of [\d.]+ s of training", process.stdout, re.MULTILINE)
     assert re.search(r"^speed +[\d,]+ steps per second", process.stdout, re.MULTILINE)

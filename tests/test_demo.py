@@ -15,6 +15,7 @@ import walled_numpy
 from tolerances import assert_same_bits
 
 import fastadam
+from fastadam import schedules
 
 pytest.importorskip("sklearn")
 image = pytest.importorskip("matplotlib.image")
@@ -27,9 +28,10 @@ FEW = Settings(epochs=2)
 STEPS_PER_EPOCH = 45  # 1437 training digits in batches of 32
 
 RESULT = Result(
-    epochs=tuple(Epoch(loss=1 / epoch, accuracy=1 - 0.4 / epoch) for epoch in range(1, 31)),
+    epochs=tuple(Epoch(1 / epoch, 1 - 0.4 / epoch, 1 - 0.3 / epoch) for epoch in range(1, 31)),
     params=np.zeros(3, np.float32),
     steps=90,
+    lr=schedules.constant(0.1),
     train_seconds=3.0,
     step_seconds=0.75,
 )
@@ -116,6 +118,7 @@ def test_digits_are_split_by_class_and_seed(digits):
 def test_recognises_97_percent_of_unseen_digits(digits):
     result = train(Settings(), digits)
     assert result.accuracy >= 0.97
+    assert result.averaged_accuracy >= 0.97
     assert result.epochs[-1].loss < 0.01 * result.epochs[0].loss
 
 
@@ -125,6 +128,7 @@ def test_other_seeds_are_as_good():
     accuracies = [result.accuracy for result in results]
     assert np.mean(accuracies) >= 0.97
     assert min(accuracies) >= 0.96
+    assert np.mean([result.averaged_accuracy for result in results]) >= 0.97
     assert all(result.epochs[-1].loss < 0.01 * result.epochs[0].loss for result in results)
 
 
@@ -145,6 +149,7 @@ def test_nothing_is_learned_from_the_test_digits(digits):
     result, expected = train(FEW, noise), train(FEW, digits)
     assert_same_bits(result.params, expected.params)
     assert result.accuracy != expected.accuracy
+    assert result.averaged_accuracy != expected.averaged_accuracy
 
 
 def test_reports_each_epoch_and_counts_steps(digits):
@@ -168,8 +173,66 @@ def test_steps_by_adamw_compiled_before_the_clock_starts(digits, monkeypatch):
     monkeypatch.setattr(demo, "warmup", lambda **kwargs: calls.append(kwargs))
     train(replace(FEW, lr=0.25), digits)
     warmed, *steps = calls
-    assert warmed == {"weight_decay": 0.01, "decoupled_weight_decay": True}
-    assert set(steps) == {repr(Spy(lr=0.25, **warmed))}
+    assert warmed == {
+        "weight_decay": 0.01,
+        "decoupled_weight_decay": True,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.99,
+    }
+    schedule = replace(FEW, lr=0.25).schedule(STEPS_PER_EPOCH)
+    assert set(steps) == {repr(Spy(lr=schedule, **warmed))}
+
+
+def test_learning_rate_rises_and_falls_within_the_training():
+    lr = Settings(epochs=10, lr=0.5).schedule(steps_per_epoch=100)
+    rates = np.array([lr(step) for step in range(1, 1001)])
+    assert rates[:3].tolist() == pytest.approx([0.01, 0.02, 0.03])
+    assert rates.argmax() == 49
+    assert rates.max() == 0.5
+    assert np.all(np.diff(rates[:50]) > 0)
+    assert np.all(np.diff(rates[50:]) < 0)
+    assert 0.005 < rates[-1] < 0.0051
+    assert Settings(epochs=1).schedule(steps_per_epoch=1)(1) == Settings().lr
+
+
+def test_gradients_are_clipped_in_the_beginning_only(digits, monkeypatch):
+    factors = []
+
+    class Spy(fastadam.FusedAdam):
+        def step(self, flat_params, flat_grads):
+            super().step(flat_params, flat_grads)
+            factors.append(self.last_step.clip_factor)
+
+    monkeypatch.setattr(demo, "FusedAdam", Spy)
+    train(Settings(epochs=20), digits)
+    assert max(factors[:10]) < 1
+    assert min(factors[-100:]) == 1
+
+
+def test_averaged_weights_are_tested_and_put_back(digits, monkeypatch):
+    optimizers, seen = [], []
+
+    class Spy(fastadam.FusedAdam):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            optimizers.append(self)
+
+    monkeypatch.setattr(demo, "FusedAdam", Spy)
+    accuracy = demo._accuracy
+
+    def spy(model, *others):
+        seen.append((model.flat_params.copy(), optimizers[0].state.param_ema.copy()))
+        return accuracy(model, *others)
+
+    monkeypatch.setattr(demo, "_accuracy", spy)
+    result = train(FEW, digits)
+    assert len(seen) == 2 * FEW.epochs
+    for (weights, average), (swapped, kept) in zip(seen[::2], seen[1::2], strict=True):
+        assert_same_bits(swapped, average)
+        assert_same_bits(kept, weights)
+        assert not np.array_equal(weights, average)
+    assert_same_bits(result.params, seen[-2][0])
+    assert [epoch.accuracy for epoch in result.epochs] != [e.averaged_accuracy for e in result.epochs]
 
 
 def test_a_diverging_learning_rate_is_no_error(digits, tmp_path):
@@ -188,8 +251,8 @@ def test_on_a_gpu_it_is_the_same_training(digits, monkeypatch):
     assert tuple(seen) == result.epochs == expected.epochs
     assert result.steps == expected.steps
     assert 0 < result.step_seconds < result.train_seconds
-    # Loss and accuracy of each epoch, and the loss of the rehearsal.
-    assert fake.reads == 2 * FEW.epochs + 1
+    # Loss and two accuracies of each epoch, and the loss of the rehearsal.
+    assert fake.reads == 3 * FEW.epochs + 1
 
 
 def test_a_gpu_rehearses_all_before_the_clock_starts(digits, monkeypatch):
@@ -226,6 +289,7 @@ def test_cupy_has_all_that_training_uses(digits, monkeypatch):
 
 def test_result_arithmetic():
     assert RESULT.accuracy == RESULT.epochs[-1].accuracy
+    assert RESULT.averaged_accuracy == RESULT.epochs[-1].averaged_accuracy != RESULT.accuracy
     assert RESULT.step_share == 0.25
     assert RESULT.steps_per_second == 30.0
 
@@ -233,7 +297,7 @@ def test_result_arithmetic():
 # --- The plot -----------------------------------------------------------------------------------------------
 
 
-def test_plot_is_a_png_with_two_curves(tmp_path):
+def test_plot_is_a_png_with_its_curves(tmp_path):
     path = tmp_path / "plot.png"
     demo_plot.save(RESULT, path)
     header = path.read_bytes()[:24]
@@ -244,6 +308,10 @@ def test_plot_is_a_png_with_two_curves(tmp_path):
     for curve, side in ((blue > red + 0.5, np.s_[:, :750]), (red > blue + 0.5, np.s_[:, 750:])):
         assert curve[side].sum() > 1000
         assert curve.sum() == curve[side].sum()
+    # The accuracy of the weights, between black and white and of no other color.
+    grey = (abs(red - 156 / 255) < 0.01) & (abs(green - 163 / 255) < 0.01) & (abs(blue - 175 / 255) < 0.01)
+    assert grey[:, 750:].sum() > 500
+    assert grey[:, :750].sum() < 50
     assert np.mean((red == 1) & (green == 1) & (blue == 1)) > 0.8
 
 
@@ -276,6 +344,7 @@ def test_plot_needs_no_pyplot():
         ({"epochs": 0}, "epochs must be at least 1; got 0."),
         ({"lr": -0.5}, "lr must be at least 0; got -0.5."),
         ({"lr": float("nan")}, "lr must be finite; got nan."),
+        ({"lr": 1e-31}, "lr must be 0 or at least 1e-30; got 1e-31."),
         ({"lr": 1e39}, "lr must be at most 3.402823e+38 for float32 buffers; got 1e+39."),
     ],
     ids=str,

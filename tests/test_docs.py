@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastadam
@@ -39,8 +41,8 @@ def test_there_are_doctests():
     assert doctest.testmod(importlib.import_module("fastadam.optimizer")).attempted > 5
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -48,6 +50,37 @@ def test_readme_python_runs(code, request):
     if "import cupy" in code:
         request.getfixturevalue("cupy")  # its stand-in
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs(page):
+    """All blocks of a page, one after the other: they share their names."""
+    code = blocks("python", page.read_text(encoding="utf-8"))
+    assert code
+    names = {"__name__": page.stem}
+    for block in code:
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_phase_page_tells_all_hyperparameters():
+    page = (ROOT / "docs" / "phase.md").read_text(encoding="utf-8")
+    names = inspect.signature(fastadam.FusedAdam).parameters.keys() - {"backend", "capturable"}
+    assert {name for name in {*names, "grad_scale"} if f"`{name}" not in page} == set()
+    opt = fastadam.FusedAdam()
+    opt.step(np.zeros(1), np.zeros(1))
+    told = [name for name in dir(opt.last_step) if not name.startswith("_")]
+    assert "grad_norm" in told
+    assert [name for name in told if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_readme_has_the_quickstart_and_the_two_commands():

@@ -156,5 +156,8 @@ def install(monkeypatch, *modules):
             def step(self, flat_params, flat_grads):
                 super().step(flat_params.host, flat_grads.host)
 
+            def swap_ema(self, flat_params):
+                super().swap_ema(flat_params.host)
+
         monkeypatch.setattr(module, "FusedAdam", OnDevice)
     return fake
