@@ -149,12 +149,14 @@ _LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in _DTYPES}
 _SMALLEST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in _DTYPES}
 
 
-def _require_range(name: str, value: float, dtype: Floating) -> None:
+def _require_range(name: str, value: float, dtype: Floating, or_zero: str = "0 or ") -> None:
     largest, smallest = _LARGEST[dtype], _SMALLEST[dtype]
     if value > largest:
         raise ValueError(f"{name} must be at most {largest:.7g} for {dtype} buffers; got {value:.7g}.")
     if 0 < value < smallest:
-        raise ValueError(f"{name} must be 0 or at least {smallest:.7g} for {dtype} buffers; got {value:.7g}.")
+        raise ValueError(
+            f"{name} must be {or_zero}at least {smallest:.7g} for {dtype} buffers; got {value:.7g}."
+        )
 
 
 @lru_cache(maxsize=16)
@@ -224,7 +226,7 @@ class Coefficients:
         self._max_norm, self._max_value = h.max_grad_norm, rounded(np.inf)
         self._clips = h.max_grad_norm is not None
         if h.max_grad_value is not None:
-            _require_range("max_grad_value", h.max_grad_value, dtype)
+            _require_range("max_grad_value", h.max_grad_value, dtype, or_zero="")
             self._max_value, self._clips = rounded(h.max_grad_value), True
         self.clear = rules.Clear() if h.zero_grads else None
         self.types = KernelTypes.of(dtype, len(h.state), self.update(1), self.clear)
@@ -322,5 +324,5 @@ def divisor(grad_scale: object, summed: int, dtype: Floating) -> float | None:
     number = real("grad_scale", grad_scale)
     if number <= 0:
         raise ValueError(f"grad_scale must be greater than 0; got {number}.")
-    _require_range("grad_scale", number, dtype)
+    _require_range("grad_scale", number, dtype, or_zero="")
     return number * max(summed, 1)

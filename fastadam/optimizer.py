@@ -257,13 +257,13 @@ class FusedAdam(Tunables):
                 self._last, self._accumulator.calls = last, 0
                 return
             clip_factor = last.clip_factor
+        update = c.update(state._step + 1, grad_scale=scale, clip_factor=clip_factor)
         types = c.types if scale is None else c.scaled_types
         if summed:
             types = types._replace(clear=rules.Clear)
         if self._prepared != types:
-            kernels.prepare(params, grads, moments, c.update(1, grad_scale=scale), clear)
+            kernels.prepare(params, grads, moments, update, clear)
             self._prepared = types
-        update = c.update(state._step + 1, grad_scale=scale, clip_factor=clip_factor)
         take = kernels.plan(params, grads, moments, update, clear)
         # It runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is counted before.
         self._state, self._kernels, self._last = state, kernels, last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -195,19 +196,15 @@ class State:
         self._step, self._clock = self.step, None
 
     def swap_last(self, params: Buffer) -> None:
-        """Exchange the last array, the average of the parameters, with ``params``, block by block."""
+        """Exchange the last array, the average of the parameters, with ``params``."""
         last, kernels = self._arrays[-1], self._kernels
         if kernels is not None:
             kernels.swap(cast("DeviceBuffer", params), cast("DeviceBuffer", last))
             return
-        mine, theirs = cast("buffers.Array", last), cast("buffers.Array", params)
-        block = np.empty(min(_SWAPPED, mine.size), mine.dtype)
-        for start in range(0, mine.size, _SWAPPED):
-            part = slice(start, start + _SWAPPED)
-            held = block[: mine[part].size]
-            held[:] = mine[part]
-            mine[part] = theirs[part]
-            theirs[part] = held
+        from fastadam.kernels import threads  # loads Numba
+
+        # In another thread, which no signal handler interrupts: half of an exchange would lose parameters.
+        threads.run_in_pool([partial(_exchange, cast("buffers.Array", last), cast("buffers.Array", params))])
 
     @property
     def param_ema(self) -> Any:
@@ -246,6 +243,17 @@ def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
 def plain(number: Any) -> Any:
     """Undo what ``numpy.savez`` does to numbers: a 0-d array is a scalar, a 1-d array a list."""
     return number.tolist() if isinstance(number, (np.ndarray, np.generic)) else number
+
+
+def _exchange(one: buffers.Array, other: buffers.Array) -> None:
+    """Exchange the contents of two arrays, block by block."""
+    block = np.empty(min(_SWAPPED, one.size), one.dtype)
+    for start in range(0, one.size, _SWAPPED):
+        part = slice(start, start + _SWAPPED)
+        held = block[: one[part].size]
+        held[:] = one[part]
+        one[part] = other[part]
+        other[part] = held
 
 
 def _restore(names: tuple[str, ...], entries: dict[str, Any]) -> State:

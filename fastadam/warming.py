@@ -39,5 +39,7 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     kernels = backends.load(name)
     if name == "cpu":
         kernels.warmup(c.dtype, c.types.n_states, c.update(1), c.clear)
+        if c.reads_gradients_first:
+            kernels.prepare_measure(c.dtype)
     else:
         kernels.warmup(c.types, captured=opt.capturable)

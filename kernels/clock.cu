@@ -12,12 +12,19 @@ DEVICE double plus(double a, double b) { return __dadd_rn(a, b); }
 DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
 DEVICE double over(double a, double b) { return __ddiv_rn(a, b); }
 DEVICE double root(double a) { return __dsqrt_rn(a); }
+DEVICE double wide(float a) {
+    double result;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(a));  // a conversion that is not spelled out would flush
+    return result;
+}
 #else
 DEVICE double plus(double a, double b) { return a + b; }
 DEVICE double times(double a, double b) { return a * b; }
 DEVICE double over(double a, double b) { return a / b; }
 DEVICE double root(double a) { return __builtin_sqrt(a); }
+DEVICE double wide(float a) { return a; }
 #endif
+DEVICE double wide(double a) { return a; }
 
 // --- The tree ------------------------------------------------------------------------------------------------
 
@@ -62,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 measure(const Real* grads, long long size, Sums* sums) {
     __shared__ Sums lanes[THREADS];
     sum_chunks(lanes, size, blockIdx.x, gridDim.x, sums, [&](long long i) {
-        const double value = grads[i].value;
+        const double value = wide(grads[i].value);
         return Sums{times(value, value), value - value != 0};
     });
 }
@@ -103,8 +110,8 @@ struct Form {
 };
 
 // A scale of the host, times one of 4 or 8 bytes in device memory, if there is one.
-DEVICE double scale_of(double value, const float* narrow, const double* wide, long long bytes) {
-    return bytes == 4 ? times(value, double(*narrow)) : bytes == 8 ? times(value, *wide) : value;
+DEVICE double scale_of(double value, const float* narrow, const double* broad, long long bytes) {
+    return bytes == 4 ? times(value, wide(*narrow)) : bytes == 8 ? times(value, *broad) : value;
 }
 
 #define FORM_PARAMETERS                                                                                          \

@@ -18,9 +18,21 @@ from numba.extending import overload
 from . import rules, threads
 from .compiling import JIT_OPTIONS, jit
 from .norms import measure, scratch_size
+from .norms import prepare as prepare_measure
 from .storage import load, store
 
-__all__ = ["PARALLEL_FROM", "accumulate", "measure", "name", "plan", "prepare", "scratch_size", "warmup"]
+__all__ = [
+    "PARALLEL_FROM",
+    "accumulate",
+    "measure",
+    "name",
+    "plan",
+    "prepare",
+    "prepare_accumulate",
+    "prepare_measure",
+    "scratch_size",
+    "warmup",
+]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -60,7 +60,8 @@ class KernelTypes(NamedTuple):
         cls, dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None
     ) -> KernelTypes:
         """Return the types of the arguments of a step."""
-        return cls(dtype, n_states, *map(type, c), type(clear))
+        conditioning, direction, decay, rule, average = map(type, c)
+        return cls(dtype, n_states, conditioning, direction, decay, rule, average, type(clear))
 
     @property
     def of_clock(self) -> KernelTypes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import grids, rules
 from .cuda import KernelTypes
-from .translation import translate
+from .translation import Function, translate
 from .tree import CHUNK, LANES
 
 OPTIONS = ("--std=c++20",)
@@ -44,7 +44,7 @@ def source(types: KernelTypes) -> str:
         )
         return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, sizes, _read("clock.cu")])
     transforms = (types.conditioning, types.direction, types.decay)
-    choices = {
+    choices: dict[Function, dict[type, Function]] = {
         rules.transform: {kind: rules.TRANSFORMS[kind] for kind in transforms},
         rules.advance: {types.rule: rules.RULES[types.rule]},
         rules.track: {types.average: rules.AVERAGES[types.average]},
@@ -69,7 +69,8 @@ def _steps(types: KernelTypes) -> str:
     grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
     buffers = f"Real* params, {grads}, {moments}, long long size, long long head, long long packs"
     count = "\n    if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
-    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {grids.RESIDENT})'
+    resident = grids.RESIDENT if types.dtype.itemsize == 4 else grids.RESIDENT_WIDE
+    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
 
     def body(skip: str, coefficients: list[str], last: str = "") -> str:
         left = iter(coefficients)

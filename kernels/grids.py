@@ -17,6 +17,10 @@ RESIDENT = 4
 """Blocks that a multiprocessor should hold at once, at least: NVRTC then has 64 registers for a thread. Told
 nothing, it takes fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
 
+RESIDENT_WIDE = 3
+"""The same for a step in float64 with the average of the parameters, which spills 16 to 24 bytes with 64
+registers; it has more loads in flight, too."""
+
 WAVES = 8
 """The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""
 

@@ -111,7 +111,7 @@ DEVICE auto split(Tuple<A, B, C, D> state, Average) {
     return tuple(tuple(state._0, state._1, state._2), state._3);
 }
 
-template <class... Moments> DEVICE auto join(Tuple<Moments...> moments, None) { return moments; }
+template <class Moments> DEVICE auto join(Moments moments, None) { return moments; }
 template <class A, class B> DEVICE auto join(Tuple<A, B> moments, Real average) {
     return tuple(moments._0, moments._1, average);
 }

@@ -59,8 +59,8 @@ def numba_is_safe() -> bool:
     return _numba_layer_is_safe
 
 
-def pieces(size: int, threads: int, min_piece: int = MIN_PIECE) -> list[tuple[int, int]]:
-    """Split ``range(size)`` into at most ``threads`` nearly equal ``(start, stop)``."""
+def pieces(size: int, threads: int, *, min_piece: int = MIN_PIECE) -> list[tuple[int, int]]:
+    """Split ``range(size)`` into at most ``threads`` nearly equal ``(start, stop)``, of a size that pays."""
     wanted = max(1, min(threads, size // min_piece))
     step = -(-size // wanted)
     step += -step % ALIGNMENT

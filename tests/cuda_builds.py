@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import ptx
 import pytest
-from oracles import FLAGS, flags_id
+from oracles import FLAGS, PHASES, flags_id
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda.bindings.nvrtc", exc_type=ImportError)
 pytest.importorskip("cuda.bindings.nvjitlink", reason="needs cuda.bindings.nvjitlink", exc_type=ImportError)
@@ -34,11 +34,14 @@ SUFFIX = {"float32": "f32", "float64": "f64"}
 ENTRIES = ["step", "step_captured", "form_coefficients", "set_lr"]
 SM_80, SM_90, SM_100 = (8, 0), (9, 0), (10, 0)
 
-VARIANTS = {flags_id(flags): flags for flags in FLAGS}
-"""Every combination of flags by its name."""
+VARIANTS = {flags_id(flags): flags for flags in FLAGS + PHASES}
+"""Every combination of flags, and more parts of the phase, by its name."""
 
-EVERY_PART = ["plain", "l2", "amsgrad-maximize-adamw"]
-"""Variants that have every rule, direction and decay among them."""
+EVERY_PART = ["plain", "l2", "amsgrad-maximize-adamw", "adamw-whole", "amsgrad-maximize-l2-whole"]
+"""Variants that have every rule, direction and decay among them, alone and with all other parts."""
+
+MOST = EVERY_PART[-1]
+"""A variant with as many instructions as there are."""
 
 CUPY_APPENDS = ("-ftz=true", "--device-as-default-execution-space")
 """What CuPy appends to a module's options: cupy/cuda/compiler.py, _compile_with_cache_cuda and below."""

@@ -31,17 +31,19 @@ class Exported:
         self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "stream": None, **interface}
 
 
-def on_cpu(params, gradients, **options):
+def on_cpu(params, gradients, *, grad_scale=None, **options):
     opt, params = FusedAdam(backend="cpu", **options), params.copy()
     for grads in gradients:
-        opt.step(params, grads)
+        opt.step(params, grads.copy(), grad_scale=grad_scale)
     return opt, params
 
 
-def on_device(cupy, params, gradients, **options):
+def on_device(cupy, params, gradients, *, grad_scale=None, **options):
     opt, params = FusedAdam(**options), cupy.asarray(params)
     for grads in gradients:
-        opt.step(params, cupy.asarray(grads))
+        sent = cupy.asarray(grads)
+        opt.step(params, sent, grad_scale=grad_scale)
+        assert_same_bits(sent.host, np.zeros_like(grads) if opt.zero_grads else grads, "grads")
     return opt, params
 
 

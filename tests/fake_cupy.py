@@ -240,6 +240,16 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         device = next(device for first, end, device in reversed(owners) if first <= pointer < end)
         return SimpleNamespace(device=device)
 
+    def copy(to, source, nbytes, kind, stream):
+        assert kind == "device to device"
+
+        def run():
+            cupy.log.append(("copy", current.device, stream, nbytes))
+            ctypes.memmove(to, source, nbytes)
+
+        graph = captures[stream]
+        (graph.calls.append if graph else lambda call: call())(run)
+
     def asnumpy(array):
         assert array.device_id == current.device
         return array.host.copy()
@@ -255,12 +265,12 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         Event=Event,
         get_current_stream=get_current_stream,
         runtime=SimpleNamespace(
-            memcpyDeviceToDevice=3,
-            memcpyAsync=lambda to, source, nbytes, *_: ctypes.memmove(to, source, nbytes),
             deviceSynchronize=lambda: cupy.log.append(("synchronize", current.device, None)),
             getDeviceCount=lambda: devices,
             getDevice=lambda: current.device,
             pointerGetAttributes=pointer_attributes,
+            memcpyAsync=copy,
+            memcpyDeviceToDevice="device to device",
         ),
     )
     return cupy

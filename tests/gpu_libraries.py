@@ -87,10 +87,10 @@ def problem(rng, size, dtype="float32", steps=3):
     ]
 
 
-def on_cpu(params, gradients, **options):
+def on_cpu(params, gradients, *, grad_scale=None, **options):
     opt, params = FusedAdam(**options), params.copy()
     for grads in gradients:
-        opt.step(params, grads)
+        opt.step(params, grads.copy(), grad_scale=grad_scale)
     return opt, params
 
 

@@ -27,12 +27,22 @@ FLAGS = [
         {"weight_decay": 0.05, "decoupled_weight_decay": True},
     )
 ]
-"""Every combination of the flags of FusedAdam."""
+"""Every combination of the flags of Adam."""
+
+_ALL = {"max_grad_value": 0.5, "ema_decay": 0.9, "zero_grads": True}
+PHASES = [
+    *({"amsgrad": False, "maximize": False, name: value} for name, value in _ALL.items()),
+    {**FLAGS[2], **_ALL},
+    {**FLAGS[-2], **_ALL, "ema_decay": 0.3},
+]
+"""What else one pass does with an element: each alone, and all together, with two rules."""
 
 
 def flags_id(flags: dict) -> str:
     decay = "adamw" if flags.get("decoupled_weight_decay") else "l2" if "weight_decay" in flags else ""
     names = ["amsgrad" * flags["amsgrad"], "maximize" * flags["maximize"], decay]
+    more = [name for name in _ALL if name in flags]
+    names += ["whole"] if more == list(_ALL) else more
     return "-".join(filter(None, names)) or "plain"
 
 
@@ -114,9 +124,16 @@ def interpret(
     return new_params, new_states
 
 
-def interpret_steps(hyperparameters: Hyperparameters, params, gradients):
-    """Return parameters and states after a step with each of ``gradients``, from zero states."""
-    states = tuple(np.zeros_like(params) for _ in hyperparameters.state)
+def initial_states(hyperparameters: Hyperparameters, params):
+    """Return the states before the first step: moments of zero, and the parameters as their average."""
+    return tuple(
+        params.copy() if name == "param_ema" else np.zeros_like(params) for name in hyperparameters.state
+    )
+
+
+def interpret_steps(hyperparameters: Hyperparameters, params, gradients, **scales):
+    """Return parameters and states after a step with each of ``gradients``, from the initial states."""
+    states = initial_states(hyperparameters, params)
     for number, grads in enumerate(gradients, start=1):
-        params, states = interpret(hyperparameters, params, grads, states, number)
+        params, states = interpret(hyperparameters, params, grads, states, number, **scales)
     return params, states

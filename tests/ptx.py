@@ -83,7 +83,7 @@ class Memory:
 # --- Instructions -------------------------------------------------------------------------------------------
 
 U32, U64 = 2**32 - 1, 2**64 - 1
-TYPES = {"f32": "np.float32", "f64": "np.float64", "u64": "np.uint64"}
+TYPES = {"f32": "np.float32", "f64": "np.float64", "u32": "np.uint32", "u64": "np.uint64"}
 
 
 def signed(value: int, bits: int = 64) -> int:
@@ -93,13 +93,15 @@ def signed(value: int, bits: int = 64) -> int:
 
 
 EXPRESSIONS = {
-    **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f64")},
+    **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f32", "f64")},
     **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "b64", "f32", "f64")},
     "cvta.to.global.u64": "{0}",
     "cvt.u64.u32": "{0}",
     "cvt.u32.u64": "{0} & U32",
     "cvt.s64.s32": "signed({0}, 32) & U64",
     "cvt.rn.f32.f64": "np.float32({0})",
+    "cvt.f64.f32": "np.float64({0})",
+    "cvt.rn.f64.s64": "np.float64(signed({0}, 64))",
     "add.s64": "({0} + {1}) & U64",
     "sub.s64": "({0} - {1}) & U64",
     "mul.lo.s64": "({0} * {1}) & U64",
@@ -110,6 +112,10 @@ EXPRESSIONS = {
     "or.b64": "{0} | {1}",
     "not.b64": "{0} ^ U64",
     "or.b32": "{0} | {1}",
+    "or.pred": "{0} or {1}",
+    "and.pred": "{0} and {1}",
+    "not.pred": "not {0}",
+    "mov.pred": "bool({0})",
     "neg.s64": "-{0} & U64",
     "div.u32": "{0} // {1}",
     "div.u64": "{0} // {1}",
@@ -129,7 +135,7 @@ for _kind in ("f32", "f64"):
         EXPRESSIONS[f"{_name}.rn.{_kind}"] = f"{{0}} {_symbol} {{1}}"
 
 for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
-    for _kind in ("f32", "f64", "u64"):
+    for _kind in ("f32", "f64", "u64", "b64"):
         EXPRESSIONS[f"setp.{_name}.{_kind}"] = f"{{0}} {_symbol} {{1}}"
     for _bits in (32, 64):
         EXPRESSIONS[f"setp.{_name}.s{_bits}"] = f"signed({{0}}, {_bits}) {_symbol} signed({{1}}, {_bits})"
@@ -204,11 +210,11 @@ def _access(name: str, kind: str, operands: list[str]) -> str:
     base, _, offset = place.strip("[]").partition("+")
     address = f"({_value(base)} + {int(offset or 0)}) & U64"
     values = [_value(register) for register in re.findall(r"[^{},\s]+", registers)]
-    integer = kind == "u64"
+    integer = kind.startswith("u")
     if name == "ld":
         loaded = f"memory.load({address}, {len(values)}, {TYPES[kind]})"
         return f"{', '.join(values)}, = {f'map(int, {loaded})' if integer else loaded}"
-    stored = ", ".join(f"np.uint64({value})" if integer else value for value in values)
+    stored = ", ".join(f"{TYPES[kind]}({value})" if integer else value for value in values)
     return f"memory.store({address}, {TYPES[kind]}, {stored})"
 
 
@@ -216,8 +222,13 @@ def _value(operand: str) -> str:
     """Return the Python of an operand: a special register, an integer, or a register."""
     if special := re.fullmatch(r"%(n?tid|n?ctaid)\.x", operand):
         return f"special['{special[1]}']"
+    if literal := re.fullmatch(r"0([df])([0-9A-F]+)", operand):
+        bits, number = (64, "float64") if literal[1] == "d" else (32, "float32")
+        return f"np.uint{bits}(0x{literal[2]}).view(np.{number})"
     if re.fullmatch(r"-?\d+", operand):
         return str(int(operand) & U64)
+    if number := re.fullmatch(r"0([fd])0+", operand):  # the only one that kernels have
+        return "np.float32(0)" if number[1] == "f" else "np.float64(0)"
     if register := re.fullmatch(r"%?([a-z]+\d*)", operand):
         return register[1]
     raise NotImplementedError(f"PTX operand {operand}")

@@ -25,11 +25,10 @@ def foreign(ops, suffix):
     ``div.rn`` are those of IEEE 754, and without ``.ftz`` subnormals are kept. Newer compilers do not tell
     floats from bits in memory.
     """
-    bits = suffix.replace("f", "b")
     harmless = re.compile(
         rf"""(add|sub|mul|div|sqrt)\.rn\.{suffix}
         | (neg|selp|mov|ld\.param|setp\.(lt|le|gt|ge|eq|ne)u?)\.{suffix}
-        | (ld|st)\.global(\.v[24])?\.({suffix}|{bits})
+        | (ld|st)\.global(\.v[24])?\.({suffix}|b(32|64))
         | [a-z]+(\.[a-z]+)*(\.[usb](32|64))+  # of integers
         | (and|or|xor|not|mov)\.pred
         | bra(\.uni)? | ret | \$\w+  # a label""",
@@ -45,21 +44,37 @@ def copies(ops, access, buffers):
     return times
 
 
+def n_accesses(build):
+    """Return how many buffers a step loads, and how many it stores."""
+    n_buffers = build.types.n_states + 2
+    return n_buffers, n_buffers if build.hyperparameters.zero_grads else n_buffers - 1
+
+
+def n_divisions(build):
+    """Return how often a step divides for an element: by the denominator, and to unscale the gradient."""
+    return 1 if build.hyperparameters.max_grad_value is None else 2
+
+
 def bodies(ops, build):
     """Return how often the code of a step updates a pack, and an element alone.
 
-    Every time it loads all buffers once, and stores all but the gradients.
+    Every time it loads all buffers once, and stores all but the gradients, or those too.
     """
-    lanes = grids.PACK // build.types.dtype.itemsize
-    n_loads, n_stores = build.types.n_states + 2, build.types.n_states + 1
+    n_loads, n_stores = n_accesses(build)
+    one = build.types.dtype.itemsize
 
-    def accesses(access, vector):
-        bits = build.suffix.replace("f", "b")
-        return sum(ops[f"{access}.global.{vector}{kind}"] for kind in (build.suffix, bits))
+    def accesses(access, nbytes):
+        # Of a zero, compilers make an integer; newer ones, of all that they store.
+        return sum(
+            ops[f"{access}.global.{vector}{kind}{8 * width}"]
+            for vector, width in (("", nbytes), ("v2.", nbytes // 2), ("v4.", nbytes // 4))
+            for kind in "fbu"
+        )
 
-    packs = copies(accesses("ld", f"v{lanes}."), "packs loaded", n_loads)
-    assert copies(accesses("st", f"v{lanes}."), "packs stored", n_stores) == packs
-    alone = copies(accesses("st", ""), "elements stored", n_stores)
+    packs = copies(accesses("ld", grids.PACK), "packs loaded", n_loads)
+    assert copies(accesses("st", grids.PACK), "packs stored", n_stores) == packs
+    counted = build.entry == "step_captured" and one == 8  # the step counter is as wide as an element
+    alone = copies(accesses("st", one) - counted, "elements stored", n_stores)
     if build.entry == "step":  # a captured step loads its coefficients, too
-        assert copies(accesses("ld", ""), "elements loaded", n_loads) == alone
+        assert copies(accesses("ld", one), "elements loaded", n_loads) == alone
     return packs, alone

@@ -9,7 +9,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
-from oracles import FLAGS, flags_id
+from oracles import FLAGS, PHASES, flags_id
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import compiling, cpu
@@ -24,11 +24,13 @@ SUFFIX = {"float32": "ps", "float64": "pd"}
 def compiled(dtype, flags, *, parallel):
     """Assembly of a fresh, uncached compilation: on a cache hit there is none to inspect."""
     options = {**compiling.JIT_OPTIONS, "nogil": True, "parallel": parallel}
-    dispatcher = numba.njit(cpu._make_loop("for inspection"), **options)
     h = Hyperparameters(**flags)
     c = Coefficients(h, np.dtype(dtype))
+    loop, _, arguments = cpu._loops(c.update(1), c.clear)
+    make = cpu._make_plain if loop is cpu.serial else cpu._make_whole
+    dispatcher = numba.njit(make("for inspection"), **options)
     empty = np.empty(0, dtype)
-    dispatcher(empty, empty, (empty,) * len(h.moments), c.direction, c.decay, c.rule(1))
+    dispatcher(empty, empty, (empty,) * len(h.state), *arguments)
     (assembly,) = dispatcher.inspect_asm().values()
     return assembly
 
@@ -39,7 +41,7 @@ def instructions(assembly):
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
+@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1], *PHASES], ids=flags_id)
 def test_loop(flags, dtype, parallel):
     assembly = compiled(dtype, flags, parallel=parallel)
     ops = instructions(assembly)

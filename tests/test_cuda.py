@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cuda_steps import DTYPES, MODES, Exported, assert_same, on_cpu, on_device, ones, problem
-from oracles import FLAGS, flags_id
+from oracles import FLAGS, PHASES, flags_id
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam, backends, buffers, warmup
@@ -20,7 +20,7 @@ SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 65, 257, 1023]
 
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", FLAGS, ids=flags_id)
+@pytest.mark.parametrize("flags", FLAGS + PHASES, ids=flags_id)
 def test_bits_of_the_cpu(cupy, rng, flags, dtype, capturable):
     for size in SIZES:
         params, gradients = problem(rng, size, dtype)
@@ -30,7 +30,7 @@ def test_bits_of_the_cpu(cupy, rng, flags, dtype, capturable):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
+@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1], *PHASES[-2:]], ids=flags_id)
 def test_special_values(cupy, flags, dtype):
     finfo = np.finfo(dtype)
     values = [0.0, 1.0, finfo.tiny, finfo.tiny / 2, finfo.smallest_subnormal, finfo.max, np.inf, np.nan]

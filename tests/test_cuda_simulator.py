@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 import pytest
-from oracles import FLAGS, flags_id, interpret
+from oracles import FLAGS, PHASES, flags_id, interpret
 from tolerances import assert_same_bits
 
 from fastadam import bias_correction
@@ -90,10 +90,6 @@ def problem(rng, dtype, size, steps):
     return params, gradients
 
 
-def kinds(h, c, dtype):
-    return c.types
-
-
 def layouts(size, itemsize):
     """Yield (head, packs): without packs, with a head alone, and for each place of a 16-byte boundary."""
     yield 0, 0
@@ -102,14 +98,19 @@ def layouts(size, itemsize):
         yield grids.packs([offset], itemsize, size)
 
 
-def coefficients(h, dtype, step):
+def coefficients(h, dtype, step, **scales):
     c = Coefficients(h, np.dtype(dtype))
-    return tuple(value for part in c.update(step) if part for value in part)
+    return tuple(value for part in c.update(step, **scales) if part for value in part)
+
+
+def scales(h):
+    """Return what an eager step is given besides the step number, where its kernel takes it."""
+    return {} if h.max_grad_value is None else {"grad_scale": 3.0, "clip_factor": 0.7}
 
 
 def eager_jobs(rng, flags, dtype):
     h = Hyperparameters(**flags)
-    kind = kinds(h, Coefficients(h, np.dtype(dtype)), dtype)
+    kind = Coefficients(h, np.dtype(dtype)).types
     for size in SIZES:
         params, gradients = problem(rng, dtype, size, steps=2)
         for layout in dict.fromkeys(layouts(size, params.itemsize)):
@@ -118,9 +119,9 @@ def eager_jobs(rng, flags, dtype):
                 "grid": (2, 4),
                 "layout": (size, *layout),
                 "params": params.copy(),  # pickle would keep one array one
-                "gradients": gradients,
+                "gradients": [grads.copy() for grads in gradients],
                 "states": tuple(np.zeros(size, dtype) for _ in h.state),
-                "coefficients": [coefficients(h, dtype, step) for step in (1, 2)],
+                "coefficients": [coefficients(h, dtype, step, **scales(h)) for step in (1, 2)],
             }
 
 
@@ -129,7 +130,7 @@ def captured_job(rng, flags, dtype):
     h = Hyperparameters(**flags)
     size = 9
     params, gradients = problem(rng, dtype, size, len(LRS))
-    kind = kinds(h, Coefficients(h, np.dtype(dtype)), dtype)
+    kind = Coefficients(h, np.dtype(dtype)).types
     spare = len(kind.coefficients)
     memory = np.array([*coefficients(h, dtype, 1), np.nan], dtype)
     beta1, beta2 = h.betas
@@ -142,7 +143,7 @@ def captured_job(rng, flags, dtype):
         "grid": (2, 4),
         "layout": (size, *grids.packs([4 * 2], params.itemsize, size)),
         "params": params,
-        "gradients": gradients,
+        "gradients": list(gradients),
         "states": tuple(np.zeros(size, dtype) for _ in h.state),
         "lrs": LRS,
         "step": np.array([0]),
@@ -153,7 +154,7 @@ def captured_job(rng, flags, dtype):
     }
 
 
-BOTH = [(flags, dtype) for flags in FLAGS for dtype in DTYPES]
+BOTH = [(flags, dtype) for flags in FLAGS + PHASES for dtype in DTYPES]
 SHORT_TABLES = {"betas": (0.0, 0.5), "eps": 0.1}
 """Bias corrections that are 1 from the first and from the 54th step on."""
 
@@ -177,17 +178,20 @@ def simulated():
     return found
 
 
-def expect(job, hyperparameters):
-    """Return params and states after a job's steps, by the rule on NumPy scalars."""
-    params, states = job["params"], job["states"]
+def expect(job, hyperparameters, **scales):
+    """Return params, gradients and states after a job's steps, by the rule on NumPy scalars."""
+    params, states, gradients = job["params"], job["states"], []
     for step, (h, grads) in enumerate(zip(hyperparameters, job["gradients"], strict=True), start=1):
-        params, states = interpret(h, params, grads, states, step)
-    return params, states
+        params, states = interpret(h, params, grads, states, step, **scales)
+        gradients.append(np.zeros_like(grads) if h.zero_grads else grads)
+    return params, gradients, states
 
 
 def assert_same(after, expected):
-    params, states = expected
+    params, gradients, states = expected
     assert_same_bits(after["params"], params, f"params at {after['layout']}")
+    for number, (grads, wanted) in enumerate(zip(after["gradients"], gradients, strict=True)):
+        assert_same_bits(grads, wanted, f"gradients {number} at {after['layout']}")
     for number, state in enumerate(states):
         assert_same_bits(after["states"][number], state, f"state {number} at {after['layout']}")
 
@@ -204,7 +208,8 @@ def test_bits_of_the_rule(simulated, flags, dtype):
     for before, after in results:
         size = before["params"].size
         if size not in expected:
-            expected[size] = expect(before, [Hyperparameters(**flags)] * 2)
+            h = Hyperparameters(**flags)
+            expected[size] = expect(before, [h] * 2, **scales(h))
         assert_same(after, expected[size])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gpu_libraries import DTYPES, MODES, CuPy, assert_same, of_backend, on_cpu, problem
-from oracles import FLAGS, flags_id
+from oracles import FLAGS, PHASES, flags_id
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam, backends
@@ -22,7 +22,7 @@ SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 255, 257, 1023, 1025, 4096, 100_003]
 
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", FLAGS, ids=flags_id)
+@pytest.mark.parametrize("flags", FLAGS + PHASES, ids=flags_id)
 def test_bits_of_the_cpu(backend, rng, flags, dtype, capturable):
     library = of_backend(backend)
     for size in SIZES:
@@ -35,6 +35,38 @@ def test_bits_of_the_cpu(backend, rng, flags, dtype, capturable):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [FLAGS[0], *PHASES[-2:]], ids=flags_id)
+@pytest.mark.parametrize("scale", [3.0, 2.0**16, 1e-3])
+def test_bits_of_the_cpu_with_a_grad_scale(backend, rng, scale, flags, dtype):
+    library = of_backend(backend)
+    for size in (1, 9, 1025):
+        params, gradients = problem(rng, size, dtype)
+        opt, buffer = FusedAdam(backend=backend, **flags), library.put(params)
+        for grads in gradients:
+            sent = library.put(grads)
+            opt.step(buffer, sent, grad_scale=scale)
+            library.synchronize()
+            wanted = np.zeros_like(grads) if opt.zero_grads else grads
+            assert_same_bits(library.get(sent), wanted, "grads")
+        assert_same(library, (opt, buffer), on_cpu(params, gradients, grad_scale=scale, **flags))
+
+
+@MODES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swap_with_the_average(backend, library, rng, dtype, capturable):
+    params, gradients = problem(rng, 4099, dtype)
+    opt = FusedAdam(backend=backend, capturable=capturable, **PHASES[-2])
+    cpu, expected = on_cpu(params, gradients, **PHASES[-2])
+    buffer = library.put(params)
+    for grads in gradients:
+        opt.step(buffer, library.put(grads))
+    for _ in range(2):
+        opt.swap_ema(buffer)
+        cpu.swap_ema(expected)
+        assert_same(library, (opt, buffer), (cpu, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_arrays_of_every_library(backend, library, rng, dtype):
     params, gradients = problem(rng, 4099, dtype)
     opt, buffer = FusedAdam(backend=backend), library.put(params)
@@ -44,7 +76,7 @@ def test_arrays_of_every_library(backend, library, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
+@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1], *PHASES[-2:]], ids=flags_id)
 def test_special_values(backend, rng, flags, dtype):
     """Subnormals, too: nothing flushes them."""
     library = of_backend(backend)
@@ -62,7 +94,7 @@ def test_special_values(backend, rng, flags, dtype):
 
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
+@pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1], *PHASES[-2:]], ids=flags_id)
 def test_a_thousand_steps_with_a_changing_lr(backend, library, rng, flags, dtype, capturable):
     params, (grads,) = problem(rng, 257, dtype, steps=1)
     device = FusedAdam(backend=backend, capturable=capturable, **flags), library.put(params)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from itertools import cycle, product
 
 import numpy as np
 import pytest
-from cuda_builds import BACKENDS, DTYPES, EAGER_STEPS, EVERY_PART, Build, ptx_of
+from cuda_builds import BACKENDS, DTYPES, EAGER_STEPS, EVERY_PART, MOST, Build, ptx_of
 from host_gpu import HostGpu, program
 from oracles import interpret
 from ptx import Memory, Program
@@ -15,13 +15,14 @@ from tolerances import assert_same_bits
 from fastadam import bias_correction
 from fastadam.hyperparameters import Coefficients
 from fastadam.kernels import grids
-from fastadam.kernels.cuda import Clock
+from fastadam.kernels.cuda import Look
+from fastadam.kernels.cuda_clock import Clock
 
 LRS = [1e-3, 0.5]
 """The learning rate of each step."""
 
-TOGETHER = [(0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (3, 3, 3, 3, 3)]
-APART = (0, 1, 0, 0, 0)
+TOGETHER = [(0, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 1), (3, 3, 3, 3, 3, 3)]
+APART = (0, 1, 0, 0, 0, 0)
 """Places of the buffers, in elements from a 16-byte boundary: so that packs are taken, and not."""
 
 BETAS = [(0.9, 0.999), (0.3, 0.99), (0.8, 0.4), (0.0, 0.5)]
@@ -33,9 +34,6 @@ RUNS = [
     *((23, APART, betas) for betas in BETAS),
 ]
 """Sizes, places and betas."""
-
-MOST = "amsgrad-maximize-adamw"
-"""A variant with as many instructions as there are."""
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -56,12 +54,18 @@ def problem(rng, dtype, size, steps):
     return params, gradients
 
 
-def expect(h, params, gradients):
-    """Return [params, *states] after a step of each learning rate, by the rule on NumPy scalars."""
+def scales(build):
+    """Return what an eager step is given besides the step number, where its kernel takes it."""
+    takes = build.entry == "step" and build.hyperparameters.max_grad_value is not None
+    return {"grad_scale": 3.0, "clip_factor": 0.7} if takes else {}
+
+
+def expect(h, params, gradients, **scales):
+    """Return [params, grads, *states] after a step of each learning rate, by the rule on NumPy scalars."""
     states = tuple(np.zeros_like(params) for _ in h.state)
     for step, (lr, grads) in enumerate(zip(LRS, gradients, strict=True), start=1):
-        params, states = interpret(h.changed(lr=lr), params, grads, states, step)
-    return [params, *states]
+        params, states = interpret(h.changed(lr=lr), params, grads, states, step, **scales)
+    return [params, np.zeros_like(grads) if h.zero_grads else grads, *states]
 
 
 def make_clock(gpu, types, h):
@@ -73,7 +77,7 @@ def make_clock(gpu, types, h):
         stream=0,
         types=types,
         step=0,
-        lr=h.lr,
+        lrs=[h.lr],
         weight_decay=h.weight_decay,
         coefficients=[value for part in c.update(1) if part for value in part],
         corrections1=bias_correction.table(beta1),
@@ -82,8 +86,9 @@ def make_clock(gpu, types, h):
 
 
 def take_steps(gpu, build, h, params, gradients, places):
-    """Return [params, *states] after a step of each learning rate, by the PTX of a build."""
+    """Return [params, grads, *states] after a step of each learning rate, by the PTX of a build."""
     zeros = [np.zeros_like(params) for _ in h.state]
+    assert len(zeros) + 2 <= len(places)
     buffers = zip([params, gradients[0], *zeros], places, strict=False)
     param, grad, *states = (gpu.buffer(values, place) for values, place in buffers)
     clock = make_clock(gpu, build.types, h) if build.entry == "step_captured" else None
@@ -91,21 +96,42 @@ def take_steps(gpu, build, h, params, gradients, places):
         grad.owner[:] = values
         if clock is None:
             c = Coefficients(h.changed(lr=lr), params.dtype)
-            gpu.plan(param, grad, states, c.update(step), c.clear)()
+            gpu.plan(param, grad, states, c.update(step, **scales(build)), c.clear)()
         else:
             clock.set_lr(lr, stream=0)
-            gpu.plan_captured(param, grad, states, clock)()
+            gpu.plan_on_clock(param, grad, states, clock, Look())()
             assert clock.step() == step
-    return [buffer.owner for buffer in (param, *states)]
+    if clock is not None:
+        assert_skips(gpu, clock, param, grad, states, clears=h.zero_grads)
+    return [buffer.owner for buffer in (param, grad, *states)]
+
+
+def assert_skips(gpu, clock, param, grad, states, *, clears):
+    """A step whose flag is set writes nothing but zeros to gradients that are to be cleared."""
+    before, taken = [buffer.owner.copy() for buffer in (param, grad, *states)], clock.step()
+    used = before[1].copy()
+    grad.owner[:] = 7
+    kernel = gpu.kernel("step_captured", clock.types, 0)
+    pointers = (param.pointer, grad.pointer, *(state.pointer for state in states))
+    flag = np.ones(1, np.int64)
+    gpu.memory.add(flag)
+    gpu.launch(kernel, 1, 256, (*pointers, param.size, 0, 0, *clock.arguments[:2], flag.ctypes.data), 0, 0)
+    assert clock.step() == taken
+    before[1][:] = 0 if clears else 7
+    for buffer, wanted in zip((param, grad, *states), before, strict=True):
+        assert_same_bits(buffer.owner, wanted, "skipped")
+    grad.owner[:] = used
 
 
 def assert_bits_of_the_rule(rng, build, programs=program):
-    for size, places, betas in RUNS:
-        h = build.hyperparameters.changed(betas=betas)
+    ends = [None] if build.hyperparameters.ema_decay is None else [0.9, 0.3]  # as the betas
+    for (size, places, betas), ema_decay in product(RUNS, ends):
+        h = build.hyperparameters.changed(betas=betas, ema_decay=ema_decay)
         params, gradients = problem(rng, build.dtype, size, len(LRS))
         found = take_steps(HostGpu(build, programs), build, h, params, gradients, places)
-        for k, (actual, wanted) in enumerate(zip(found, expect(h, params, gradients), strict=True)):
-            assert_same_bits(actual, wanted, f"buffers {k} at {size=}, {places=}, {betas=}")
+        expected = expect(h, params, gradients, **scales(build))
+        for k, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert_same_bits(actual, wanted, f"buffers {k} at {size=}, {places=}, {betas=}, {ema_decay=}")
     assert programs(build).unreached == set(), "code that never ran"
 
 
@@ -182,14 +208,14 @@ def test_addresses_are_of_64_bits(rng, backend, dtype, thread, packs, tail):
     itemsize = np.dtype(dtype).itemsize
     lanes = grids.PACK // itemsize
     params, gradients = problem(rng, dtype, lanes, 1)
-    zeros = [np.zeros(lanes, dtype) for _ in build.hyperparameters.moments]
+    zeros = [np.zeros(lanes, dtype) for _ in build.hyperparameters.state]
     new_params, new_states = interpret(build.hyperparameters, params, gradients[0], zeros, 1)
     touched = list(accesses(thread, packs, tail, lanes))
     assert touched
 
     memory, pointers, seen = Memory(), [], []
     before = [params, gradients[0], *zeros]
-    after = [new_params, gradients[0], *new_states]
+    after = [new_params, np.zeros_like(params), *new_states]
     for number, (values, wanted) in enumerate(zip(before, after, strict=True), start=1):
         pointer = (number << 50) + grids.PACK - HEAD * itemsize
         pointers.append(pointer)
@@ -198,7 +224,7 @@ def test_addresses_are_of_64_bits(rng, backend, dtype, thread, packs, tail):
             memory.add(window, pointer + first * itemsize)
             seen.append((window, wanted[:count]))
     size = HEAD + packs * lanes + tail
-    arguments = (*pointers, size, HEAD, packs, *c.decay, *c.rule(1))
+    arguments = (*pointers, size, HEAD, packs, *(value for part in c.update(1) if part for value in part))
     program(build).thread(*divmod(thread, THREADS), BLOCKS, THREADS, arguments, memory)
     for window, wanted in seen:
         assert_same_bits(window, wanted)

@@ -132,7 +132,7 @@ def test_contents_of_the_state_dict(rng):
     opt, _ = stepped(gradients(rng, 2), amsgrad=True)
     entries = opt.state_dict()
     assert list(entries) == [
-        *["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"],
+        *HYPERPARAMETERS,
         *["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
     ]
     assert type(entries) is dict
@@ -169,7 +169,11 @@ def replaced(**values):
     return lambda entries: {**entries, **values}
 
 
-HYPERPARAMETERS = ["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"]
+HYPERPARAMETERS = [
+    *["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"],
+    *["skip_nonfinite", "zero_grads"],
+]
+"""Those that are never None."""
 
 BAD = {
     "list": (list, TypeError, "state_dict must be a mapping; got list."),

@@ -19,19 +19,23 @@ from fastadam.kernels import threads
 
 LAYERS = ["tbb", "omp", "workqueue"]
 
+WHOLE = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}
+"""Options of which a step takes two passes."""
+
 PRELUDE = """
+OPTIONS = {}
 import os, sys, threading
 import numba, numpy as np
 import fastadam
 from fastadam import FusedAdam
-from fastadam.kernels import cpu, threads
+from fastadam.kernels import cpu, norms, threads
 
 N = 4 * threads.MIN_PIECE + 5
 START = np.linspace(-1, 1, N, dtype=np.float32)
 GRADS = np.cos(np.arange(N, dtype=np.float32))
 
 def run(steps=20):
-    opt, params = FusedAdam(), START.copy()
+    opt, params = FusedAdam(**OPTIONS), START.copy()
     for _ in range(steps):
         opt.step(params, GRADS)
     return params
@@ -146,11 +150,16 @@ def layer(request):
     return request.param
 
 
+@pytest.mark.parametrize("options", [{}, WHOLE], ids=["plain", "whole"])
 @pytest.mark.parametrize("case", CASES)
-def test_layer(layer, case):
+def test_layer(layer, case, options):
     if "fork" in case and not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
-    process = run_python(f"{PRELUDE}\nLAYER = {layer!r}\n{CASES[case]}\nprint('done')", layer)
+    small_pieces = "norms.MIN_PIECE = threads.MIN_PIECE"  # so that the pool shares both passes
+    prelude = PRELUDE.replace("OPTIONS = {}", f"OPTIONS = {options}").replace(
+        "EXPECTED = ", f"{small_pieces}\nEXPECTED = "
+    )
+    process = run_python(f"{prelude}\nLAYER = {layer!r}\n{CASES[case]}\nprint('done')", layer)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.strip() == "done"
 
@@ -211,14 +220,14 @@ def test_pieces_cover_the_buffer_once():
         10**6 + 7,
         10**9,
     ):
-        for count in (1, 2, 3, 7, 64):
-            pieces = threads.pieces(size, count)
+        for count, least in itertools.product((1, 2, 3, 7, 64), (threads.MIN_PIECE, 512)):
+            pieces = threads.pieces(size, count, min_piece=least)
             assert len(pieces) <= count
             assert pieces[0][0] == 0
             assert pieces[-1][1] == size
             assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
             assert all(start % threads.ALIGNMENT == 0 and start < stop for start, stop in pieces)
-            assert len(pieces) == 1 or min(b - a for a, b in pieces[:-1]) >= threads.MIN_PIECE
+            assert len(pieces) == 1 or min(b - a for a, b in pieces[:-1]) >= least
 
 
 def test_pool_makes_every_call_once_and_passes_errors_on():

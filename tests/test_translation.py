@@ -16,12 +16,17 @@ def test_a_rule_line_by_line():
     choices = {
         rules.transform: {type(None): rules.unchanged, rules.L2Decay: rules.l2_decay},
         rules.advance: {rules.Adam: rules.adam},
+        rules.track: {rules.Average: rules.exponential_average},
+        rules.split: {},
+        rules.join: {},
     }
     code = translate(rules.update, choices)
-    assert "struct None { };" in code
+    assert "struct None" not in code  # kernels/step.cu has it
     assert "struct L2Decay { Real weight_decay; };" in code
     assert code.count("DEVICE auto transform(") == 2
     assert code.count("DEVICE auto moving_average(") == 1
+    assert "struct Average { Real ema_decay; Real one_minus_ema_decay; };" in code
+    assert "DEVICE auto split(" not in code  # kernels/step.cu has it
     body = code[code.index("DEVICE auto adam(") :]
     assert body.splitlines()[:6] == [
         "DEVICE auto adam(auto param, auto grad, auto state, auto c) {",

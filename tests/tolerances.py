@@ -18,6 +18,34 @@ product with the step size; four rounded coefficients. 16 halves.
 """
 
 
+def phase_tolerance(phase, lr: float, dtype) -> dict[str, np.ndarray]:
+    """Bound the errors of parameters, average and moments after some steps of the phase from zero moments.
+
+    In units of eps. A gradient: half for the division by the scale, half for the rounded factor, half for the
+    product with it, and 8 for the norm (float64: at most 15 additions in a row in so small a buffer, halved
+    by the root): 10. The first moment after T steps: 10 and two roundings each step, of numbers not larger
+    than the largest gradient G. The second: 20 and two each step, of G squared; its root half of that. Then
+    the 8 of ``ONE_STEP_ULPS``. In all less than 40 + 4 T, of an update that is at most lr times the ratio R
+    of G to the root of the debiased second moment, squared where errors of G and of the root meet. Storing a
+    parameter costs half an ulp of it, twice each step; the average has as many roundings, and what errors the
+    parameters have.
+    """
+    adam, steps = phase.adam, phase.t
+    eps = EPS[np.dtype(dtype)]
+    v_hat = adam.v / (1 - adam.betas[1] ** steps) if steps else adam.v
+    ratio = np.divide(phase.largest, np.sqrt(v_hat), out=np.ones_like(v_hat), where=v_hat > 0)
+    # Lengths of the way: no parameter was further from the present one than this.
+    spacing = np.spacing((np.abs(phase.theta) + 2 * steps * lr * ratio).astype(dtype)).astype(v_hat.dtype)
+    params = steps * (lr * (40 + 4 * steps) * eps * np.maximum(ratio, 1) ** 2 + spacing)
+    return {
+        "params": params,
+        "param_ema": params + steps * spacing,
+        "exp_avg": (10 + 2 * steps) * eps * phase.largest,
+        "exp_avg_sq": (20 + 2 * steps) * eps * phase.largest**2,
+        "max_exp_avg_sq": (20 + 2 * steps) * eps * phase.largest**2,
+    }
+
+
 def update_error(after, before, exact_update) -> np.ndarray:
     """Error of an update beyond storing the parameter twice (decay and update): half an ulp of it each."""
     update = after.astype(exact_update.dtype) - before
