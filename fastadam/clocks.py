@@ -52,7 +52,7 @@ def fitting(
     """
     stream = like.stream or 0
     if clock is not None and clock.types != types:
-        clock, step = None, clock.step()
+        step, clock = clock.step(), None
     if clock is None:
         require_tables(h)
         scaled = 1.0 if types.conditioning is rules.Conditioning else None

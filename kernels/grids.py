@@ -18,8 +18,8 @@ RESIDENT = 4
 nothing, it takes fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
 
 RESIDENT_WIDE = 3
-"""The same for a step in float64 with the average of the parameters, which spills 16 to 24 bytes with 64
-registers; it has more loads in flight, too."""
+"""The same for a step in float64, which spills 8 to 48 bytes with 64 registers where there is much to do; it
+has more loads in flight, too."""
 
 WAVES = 8
 """The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""

@@ -44,7 +44,7 @@ sys.stdout.buffer.write(pickle.dumps(jobs))
 def job(rng, dtype, size, *, looks=True, clips=1, skips=1, spoilt=None, scale_bytes=0):
     h = Hyperparameters(lr=LR, max_grad_norm=MAX_NORM, weight_decay=0.1, decoupled_weight_decay=True)
     c = Coefficients(h, np.dtype(dtype))
-    names = c.types.coefficients
+    names = c.scaled_types.coefficients
     grads = (10.0 ** rng.uniform(-3, 3, size) * rng.standard_normal(size)).astype(dtype)
     if spoilt is not None:
         grads[size // 3] = spoilt

@@ -146,8 +146,13 @@ def test_bad_params(case, stepped):
 GRADS = {
     case: (make, error, message.replace("flat_params", "flat_grads"))
     for case, (make, error, message) in PARAMS.items()
-    if case not in {"jax", "read-only", "too-small", "float64"}
+    if case not in {"None", "jax", "read-only", "too-small", "float64"}
 } | {
+    "None": (
+        lambda: None,
+        ValueError,
+        "flat_grads must be given where nothing was accumulated; got None.",
+    ),
     "too-large": (
         lambda: f32(N + 1),
         ValueError,

@@ -86,41 +86,7 @@ def test_a_schedule_cannot_be_captured(cupy, lr):
         opt.step(ones(cupy), ones(cupy))
 
 
-# --- What GPUs do not have yet ------------------------------------------------------------------------------
-
-ON_GPU = {
-    "max_grad_norm": (
-        {"max_grad_norm": 1.0},
-        {},
-        "max_grad_norm must not be asked for on a GPU, for now; got 1.0.",
-    ),
-    "skip_nonfinite": (
-        {"skip_nonfinite": True},
-        {},
-        "skip_nonfinite must not be asked for on a GPU, for now; got True.",
-    ),
-    "captured grad_scale": (
-        {"capturable": True},
-        {"grad_scale": 2.0},
-        "grad_scale must be None with capturable=True, for now; got 2.0.",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ON_GPU)
-def test_what_gpus_do_not_have_yet(cupy, case):
-    flags, arguments, message = ON_GPU[case]
-    opt, params, grads = FusedAdam(zero_grads=True, ema_decay=0.5, **flags), ones(cupy), ones(cupy)
-    assert_changes_nothing(
-        opt, [params.host, grads.host], ValueError, message, lambda: opt.step(params, grads, **arguments)
-    )
-    assert (opt.state.arrays, opt.backend) == ((), None)
-    if "capturable" in flags:
-        opt.step(params, grads)
-        later = ones(cupy)
-        assert_changes_nothing(
-            opt, [params.host, later.host], ValueError, message, lambda: opt.step(params, later, **arguments)
-        )
+# --- On a GPU -----------------------------------------------------------------------------------------------
 
 
 def test_swap_of_buffers_elsewhere(cupy):
