@@ -148,7 +148,7 @@ def moving_average(average: Scalar, value: Scalar, beta: Scalar, one_minus_beta:
 
     Written as the step from the nearer end, so that the weights sum to exactly one whatever rounding did to
     ``beta`` (0.999 and 0.001 rounded to float32 sum to 1 + 1.3e-8, a bias of 1.3e-5 in a second moment), and
-    so that ``beta = 0`` returns ``value``. The choice, the same for all elements, is of numbers, not formulas:
+    so that ``beta = 0`` returns ``value``. What is chosen, alike for all elements, are numbers, not formulas:
     compilers make a loop for each outcome of one or two such choices, but with the average of the parameters
     for a third they branch in the loop (1.3x slower).
     """
