@@ -3,8 +3,9 @@
 from fastadam import schedules
 from fastadam.loss_scale import DynamicLossScale
 from fastadam.optimizer import FusedAdam
+from fastadam.segments import Segment
 from fastadam.warming import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["DynamicLossScale", "FusedAdam", "__version__", "schedules", "warmup"]
+__all__ = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "schedules", "warmup"]

@@ -26,6 +26,9 @@ DoubleDouble: TypeAlias = tuple[Number, Number]
 BLOCK = 1024
 """Steps whose corrections are formed together; a power of two."""
 
+_LARGEST_BLOCK = 2**16
+"""Corrections of many betas that are formed together."""
+
 _SPLIT = 2.0**27 + 1.0  # Veltkamp's constant for 53 bits
 
 
@@ -66,14 +69,66 @@ def _first_powers(beta: float) -> DoubleDouble:
     return high, low
 
 
-@lru_cache(maxsize=16)
-def block(beta: float, number: int) -> Corrections:
-    """Return the corrections of the steps ``number * BLOCK`` up to, without, ``(number + 1) * BLOCK``."""
-    high, low = _multiply(_first_powers(beta), _power((beta, 0.0), number * BLOCK))
+def _one_minus(power: DoubleDouble) -> Corrections:
+    high, low = power
     difference = 1.0 - high
     error = (1.0 - difference) - high
     corrections: Corrections = difference + (error - low)
     return corrections
+
+
+@lru_cache(maxsize=16)
+def block(beta: float, number: int) -> Corrections:
+    """Return the corrections of the steps ``number * BLOCK`` up to, without, ``(number + 1) * BLOCK``."""
+    return _one_minus(_multiply(_first_powers(beta), _power((beta, 0.0), number * BLOCK)))
+
+
+class OfMany:
+    """The corrections of many betas, the same bits: formed in blocks of fewer steps the more betas there are.
+
+    Parameters
+    ----------
+    betas : ndarray, shape (n,)
+        Not empty.
+    """
+
+    def __init__(self, betas: Corrections) -> None:
+        self._betas = betas
+        self._steps = BLOCK
+        while self._steps > 1 and self._steps * betas.size > _LARGEST_BLOCK:
+            self._steps //= 2
+        self._formed = (-1, betas[None])  # one object: another thread may form another block meanwhile
+
+    def at(self, step: int) -> Corrections:
+        """Return the corrections of a step, shape (n,), not to be written to."""
+        number, place = divmod(step, self._steps)
+        formed, block = self._formed
+        if number != formed:
+            block = self._form(number * self._steps)
+            self._formed = number, block
+        corrections: Corrections = block[place]
+        return corrections
+
+    def _form(self, first: int) -> Corrections:
+        number, start = divmod(first, BLOCK)
+        places = np.arange(start, start + self._steps)[:, None]
+        # Powers by repeated squaring, as _first_powers has them: it doubles, which is the same products.
+        base: DoubleDouble = (self._betas, np.zeros_like(self._betas))
+        shape = (self._steps, self._betas.size)
+        powers: DoubleDouble = (np.ones(shape), np.zeros(shape))
+        for bit in range(BLOCK.bit_length() - 1):
+            taken = (places >> bit & 1).astype(bool)
+            if taken.any():
+                more = _multiply(powers, base)
+                powers = np.where(taken, more[0], powers[0]), np.where(taken, more[1], powers[1])
+            base = _multiply(base, base)
+        return _one_minus(_multiply(powers, _power((self._betas, 0.0), number * BLOCK)))
+
+
+@lru_cache(maxsize=8)
+def of_many(betas: tuple[float, ...]) -> OfMany:
+    """Return the corrections of many betas, with the block that was formed last for the same ones."""
+    return OfMany(np.array(betas))
 
 
 @lru_cache(maxsize=16)

@@ -72,6 +72,11 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
 }
 
 
+def check(name: str, value: object) -> Any:
+    """Return the value of a hyperparameter as its plain type, or raise."""
+    return _CHECKS[name](name, value)
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """The hyperparameters of Adam, with PyTorch's names, meanings and defaults.
@@ -123,7 +128,7 @@ class Hyperparameters:
     zero_grads: bool = False
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
+        for name in _CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class Hyperparameters:
 
     def changed(self, **values: object) -> Hyperparameters:
         """Return a copy with some values changed; only those are checked, as every step may change ``lr``."""
-        checked = {name: _CHECKS[name](name, value) for name, value in values.items()}
+        checked = {name: check(name, value) for name, value in values.items()}
         copy = object.__new__(Hyperparameters)
         copy.__dict__.update(self.__dict__, **checked)
         return copy
@@ -149,7 +154,8 @@ _LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in _DTYPES}
 _SMALLEST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in _DTYPES}
 
 
-def _require_range(name: str, value: float, dtype: Floating, or_zero: str = "0 or ") -> None:
+def require_range(name: str, value: float, dtype: Floating, or_zero: str = "0 or ") -> None:
+    """Raise ValueError if a number, at least 0, overflows in ``dtype`` or becomes zero in it."""
     largest, smallest = _LARGEST[dtype], _SMALLEST[dtype]
     if value > largest:
         raise ValueError(f"{name} must be at most {largest:.7g} for {dtype} buffers; got {value:.7g}.")
@@ -171,6 +177,11 @@ def _corrections(beta: float, number: int) -> list[float]:
     """Return ``1 - beta ** step`` for a block of steps."""
     corrections: list[float] = bias_correction.block(beta, number).tolist()
     return corrections
+
+
+def outside(values: Any, dtype: Floating) -> Any:
+    """Return where :func:`require_range` would raise."""
+    return (values > _LARGEST[dtype]) | ((values > 0) & (values < _SMALLEST[dtype]))
 
 
 class Coefficients:
@@ -211,9 +222,9 @@ class Coefficients:
 
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
         self._set_lr(_lr_at(h.lr, 1) if callable(h.lr) else h.lr)
-        _require_range("eps", h.eps, dtype)
+        require_range("eps", h.eps, dtype)
         if h.weight_decay > 0 and self._decoupled is None:
-            _require_range("weight_decay", h.weight_decay, dtype)
+            require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
         self.direction = rules.Maximize() if h.maximize else None
         self._rule: type[rules.Adam] = rules.AMSGrad if h.amsgrad else rules.Adam
@@ -226,7 +237,7 @@ class Coefficients:
         self._max_norm, self._max_value = h.max_grad_norm, rounded(np.inf)
         self._clips = h.max_grad_norm is not None
         if h.max_grad_value is not None:
-            _require_range("max_grad_value", h.max_grad_value, dtype, or_zero="")
+            require_range("max_grad_value", h.max_grad_value, dtype, or_zero="")
             self._max_value, self._clips = rounded(h.max_grad_value), True
         self.clear = rules.Clear() if h.zero_grads else None
         self.types = KernelTypes.of(dtype, len(h.state), self.update(1), self.clear)
@@ -236,11 +247,11 @@ class Coefficients:
 
     def _set_lr(self, lr: float) -> None:
         """Check a learning rate, and form what depends on nothing else."""
-        _require_range("lr", lr, self.dtype)
-        _require_range("lr / (1 - betas[0])", lr / (1 - self._betas[0]), self.dtype)
+        require_range("lr", lr, self.dtype)
+        require_range("lr / (1 - betas[0])", lr / (1 - self._betas[0]), self.dtype)
         if self._decoupled is not None:
             decay = rules.lr_times_weight_decay(lr, self._decoupled)
-            _require_range("lr * weight_decay", decay, self.dtype)
+            require_range("lr * weight_decay", decay, self.dtype)
             self.decay = rules.DecoupledDecay(self._rounded(decay))
         self.lr = lr
 
@@ -324,5 +335,5 @@ def divisor(grad_scale: object, summed: int, dtype: Floating) -> float | None:
     number = real("grad_scale", grad_scale)
     if number <= 0:
         raise ValueError(f"grad_scale must be greater than 0; got {number}.")
-    _require_range("grad_scale", number, dtype, or_zero="")
+    require_range("grad_scale", number, dtype, or_zero="")
     return number * max(summed, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -17,6 +17,8 @@ from fastadam.kernels import rules
 from fastadam.kernels.cuda import DeviceBuffer
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.last_step import Done, LastStep
+from fastadam.segmented import Segmented
+from fastadam.segments import Segment, Segments
 from fastadam.state import State, plain, require_keys
 from fastadam.tunables import Tunables
 
@@ -66,6 +68,9 @@ class FusedAdam(Tunables):
         It starts with the parameters before the first step. See :meth:`swap_ema`.
     zero_grads : bool, default False
         Set the gradients to zero when a step has used them, or skipped them.
+    segments : iterable of Segment, default ()
+        Parts of the buffer with hyperparameters of their own, which do not overlap: see
+        :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
     backend : {None, "cpu", "cupy", "numba-cuda"}, default None
         What runs the steps. None chooses by the buffers of the first step: for arrays in GPU memory CuPy, or
         numba-cuda where CuPy is not installed.
@@ -79,8 +84,8 @@ class FusedAdam(Tunables):
     TypeError
         If a hyperparameter is not of its type.
     ValueError
-        If a hyperparameter is not finite or out of its range, there is no such backend, or a schedule is to
-        be captured.
+        If a hyperparameter is not finite or out of its range, segments overlap, there is no such backend, or
+        a schedule is to be captured.
     ImportError
         If the package that the backend needs is not installed.
 
@@ -129,6 +134,7 @@ class FusedAdam(Tunables):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         zero_grads: bool = False,
+        segments: Iterable[Segment] = (),
         backend: str | None = None,
         capturable: bool = False,
     ) -> None:
@@ -152,6 +158,9 @@ class FusedAdam(Tunables):
             clocks.require_possible(self._hyperparameters)
         self._coefficients: Coefficients | None = None
         self._prepared: object = None  # the types for which the kernels were compiled
+        self._segments: Segments | None = None
+        self._segmented: Segmented | None = None  # their coefficients, for buffers of one size
+        self.segments = segments
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
         # What is known of the last step: its coefficients, if it was a plain one, or its number on a clock.
@@ -205,9 +214,9 @@ class FusedAdam(Tunables):
             moments or the backend; or if ``stream`` is no stream.
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
-            overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if
-            ``grad_scale`` is out of its range; or if the stream is being captured and the step could not be
-            replayed.
+            overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
+            segment ends behind them, or there are segments on a GPU; if ``grad_scale`` is out of its range;
+            or if the stream is being captured and the step could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
@@ -224,6 +233,7 @@ class FusedAdam(Tunables):
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
+        loops = kernels if self._segments is None else self._with_segments(c, params, state)
         if isinstance(params, DeviceBuffer):
             take = device_steps.plan(
                 kernels,
@@ -250,10 +260,11 @@ class FusedAdam(Tunables):
         last: Done | Coefficients = c
         clip_factor = 1.0
         if c.reads_gradients_first:
-            last = self._look_at(kernels, grads, c, state, scale)
+            last = self._look_at(loops, grads, c, state, scale)
             if last.skipped:
                 if clear is not None:
-                    cast("buffers.Array", grads)[:] = 0
+                    for start, stop in ((0, grads.size),) if loops is kernels or summed else loops.runs:
+                        cast("buffers.Array", grads)[start:stop] = 0
                 self._last, self._accumulator.calls = last, 0
                 return
             clip_factor = last.clip_factor
@@ -262,14 +273,16 @@ class FusedAdam(Tunables):
         if summed:
             types = types._replace(clear=rules.Clear)
         if self._prepared != types:
-            kernels.prepare(params, grads, moments, update, clear)
+            loops.prepare(params, grads, moments, update, clear)
             self._prepared = types
-        take = kernels.plan(params, grads, moments, update, clear)
+        take = loops.plan(params, grads, moments, update, clear)
         # It runs to its end whatever a signal handler raises meanwhile (Ctrl-C), so it is counted before.
         self._state, self._kernels, self._last = state, kernels, last
         self._accumulator.calls = 0
         state.advance()
         take()
+        if summed and loops is not kernels:
+            cast("buffers.Array", grads)[:] = 0  # what frozen segments have added up, too
 
     def accumulate(self, flat_grads: object, *, stream: object = None) -> None:
         """Add gradients to a sum, of which the next :meth:`step` takes the mean.
@@ -351,14 +364,23 @@ class FusedAdam(Tunables):
             The hyperparameters, ``"step"`` (int) and, once a step was taken, a copy of each moment, shape
             (n,), in CPU memory whatever the backend. Plain arrays and numbers:
             ``numpy.savez(file, **opt.state_dict())`` stores it, and any backend resumes from it.
+
+            ``"segments"``, where there are any, is a float64 array with a row for each: start, stop, lr,
+            weight_decay, betas[0], betas[1], eps, frozen; NaN for what it does not set. Of a callable ``lr``
+            there is the value of the last step.
         """
         values = self._hyperparameters.to_dict()
         if callable(self.lr):
             values["lr"] = float(self.lr(max(self._state.step, 1)))
+        if self._segments is not None:
+            values["segments"] = self._segments.to_array(max(self._state.step, 1))
         return {**values, **self._state.to_dict(), **self._accumulator.to_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the hyperparameters, the moments and the step counter.
+        """Restore the hyperparameters, the segments, the moments and the step counter.
+
+        A callable ``lr`` stays: the optimizer's own, and that of a segment if one of the same elements is
+        loaded. Where ``state_dict`` has no segments, there are none afterwards.
 
         The moments go to the device of the parameters with the next step. A CUDA graph that holds a step must
         be captured again.
@@ -384,12 +406,14 @@ class FusedAdam(Tunables):
         values = {name: plain(entries.pop(name)) for name in names if name in entries}
         if callable(self.lr):
             values["lr"] = self.lr
+        array = entries.pop("segments", None)
+        loaded = Segments(()) if array is None else Segments.from_array(array, self.segments)
         hyperparameters = Hyperparameters(**values)
         if self._capturable:
             clocks.require_possible(hyperparameters)
         accumulator = Accumulator.from_dict(entries)
         state = State.from_dict(entries, hyperparameters.state, self._state)
-        self._hyperparameters = hyperparameters
+        self._hyperparameters, self.segments = hyperparameters, loaded.given
         self._replace_state(state, accumulator)
 
     @property
@@ -425,6 +449,17 @@ class FusedAdam(Tunables):
         buffers.require_same_layout("flat_params", params, "the state", state._arrays[-1])
         buffers.require_disjoint("flat_params", params, "the state", state._block)
         state.swap_last(params)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Parts of the buffer with hyperparameters of their own; set them, by any iterable, between steps."""
+        return () if self._segments is None else self._segments.given
+
+    @segments.setter
+    def segments(self, value: Iterable[Segment]) -> None:
+        new = Segments(value)
+        self._segments = new if new.given else None
+        self._segmented = self._prepared = None
 
     def _flat(
         self, flat_params: object, flat_grads: object, stream: object
@@ -501,6 +536,19 @@ class FusedAdam(Tunables):
             return Done(step, c.lr_of(step + 1), norm, c.clip_factor(norm), skipped=True)
         return Done(step + 1, c.lr_of(step + 1), norm, c.clip_factor(norm))
 
+    def _with_segments(self, c: Coefficients, params: buffers.Buffer, state: State) -> Segmented:
+        """Return what takes the place of the backend for the next step."""
+        found, given = self._segmented, cast("Segments", self._segments)
+        if isinstance(params, DeviceBuffer):
+            raise ValueError(  # noqa: TRY004 - the segments are what is wrong
+                f"segments must be empty on a GPU, for now; got {len(given.given)}."
+                " Use one optimizer for each segment."
+            )
+        if found is None or found.c is not c or found.size != params.size:
+            found = self._segmented = Segmented(given, self._hyperparameters, c, params.size)
+        found.step = state._step + 1
+        return found
+
     def _change(self, **values: Any) -> None:
         hyperparameters, state = self._hyperparameters.changed(**values), self._state
         coefficients, clock = None, state._clock
@@ -526,7 +574,7 @@ class FusedAdam(Tunables):
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
-        nothing = dict.fromkeys(("_coefficients", "_prepared", "_kernels", "_scratch"))
+        nothing = dict.fromkeys(("_coefficients", "_segmented", "_prepared", "_kernels", "_scratch"))
         last = self.last_step
         return {**self.__dict__, **nothing, "_last": None if last is None else last._done}
 
@@ -541,4 +589,7 @@ class FusedAdam(Tunables):
             values["backend"] = self._backend
         if self._capturable:
             values["capturable"] = True
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+        arguments = [f"{name}={value!r}" for name, value in values.items()]
+        if self._segments is not None:
+            arguments.append(f"segments=<{len(self.segments)}>")
+        return f"{type(self).__name__}({', '.join(arguments)})"

@@ -9,6 +9,8 @@ import numpy as np
 from fastadam import backends, buffers
 from fastadam.hyperparameters import Coefficients
 from fastadam.optimizer import FusedAdam
+from fastadam.segmented import Segmented
+from fastadam.segments import Segments
 
 
 def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
@@ -41,5 +43,10 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
         kernels.warmup(c.dtype, c.types.n_states, c.update(1), c.clear)
         if c.reads_gradients_first:
             kernels.prepare_measure(c.dtype)
+        if opt.segments:
+            size = max(segment.stop for segment in opt.segments)
+            Segmented(Segments(opt.segments), opt._hyperparameters, c, size).warmup(
+                c.types.n_states, c.update(1), c.clear
+            )
     else:
         kernels.warmup(c.types, captured=opt.capturable)

@@ -31,10 +31,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numba import prange
+from numba.extending import overload
 
 from . import threads
 from .chunks import sum_of_squares, sum_of_values
-from .compiling import jit
+from .compiling import JIT_OPTIONS, jit
 from .tree import CHUNK
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -48,6 +49,53 @@ MIN_PIECE = 1_048_576
 and one thread sums as many from the cache in 70 us."""
 
 
+def measure_chunk(grads: Any, scratch: Any, chunk: int, chunks: int, start: int, size: int) -> None:
+    """Write the sum of squares and the count of one chunk of ``chunks``; for compiled loops."""
+    scratch[chunk] = sum_of_squares(grads, start, size)
+    nonfinite = 0
+    if not isfinite(scratch[chunk]):
+        elements = grads[start : start + size]
+        for i in range(elements.size):  # vectorised; a loop over the elements themselves is not
+            nonfinite += not isfinite(elements[i])
+    scratch[chunks + chunk] = nonfinite
+
+
+@overload(measure_chunk, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_measure_chunk(grads: Any, scratch: Any, chunk: Any, chunks: Any, start: Any, size: Any) -> Any:
+    return measure_chunk
+
+
+def sum_of_chunks(partials: Any) -> float:
+    """Sum the partial sums of one buffer, in place; for compiled loops."""
+    left = partials.size
+    while left > 1:
+        # In place: chunk c was read when its sum is written to c, and c lies in no later chunk.
+        sums = (left + CHUNK - 1) // CHUNK
+        for c in range(sums):
+            partials[c] = sum_of_values(partials, c * CHUNK, min(CHUNK, left - c * CHUNK))
+        left = sums
+    return partials[0] if partials.size else 0.0
+
+
+@overload(sum_of_chunks, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_sum_of_chunks(partials: Any) -> Any:
+    return sum_of_chunks
+
+
+def count_nonfinite(total: float, counts: Any) -> int:
+    """Sum the counts of the chunks, where the total says that there may be any; for compiled loops."""
+    nonfinite = 0
+    if not isfinite(total):
+        for count in counts:
+            nonfinite += int(count)
+    return nonfinite
+
+
+@overload(count_nonfinite, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_count_nonfinite(total: Any, counts: Any) -> Any:
+    return count_nonfinite
+
+
 def _make_chunks_loop(cache_key: str) -> Callable[..., None]:
     def measure_chunks(grads: Array, scratch: Array, first: int, stop: int) -> None:
         cache_key  # noqa: B018
@@ -55,14 +103,7 @@ def _make_chunks_loop(cache_key: str) -> Callable[..., None]:
         # In the serial compilation, prange is range.
         for c in prange(first, stop):
             start = c * CHUNK
-            size = min(CHUNK, grads.size - start)
-            scratch[c] = sum_of_squares(grads, start, size)
-            nonfinite = 0
-            if not isfinite(scratch[c]):
-                chunk = grads[start : start + size]
-                for i in range(chunk.size):  # vectorised; a loop over the elements themselves is not
-                    nonfinite += not isfinite(chunk[i])
-            scratch[chunks + c] = nonfinite
+            measure_chunk(grads, scratch, c, chunks, start, min(CHUNK, grads.size - start))
 
     return measure_chunks
 
@@ -70,19 +111,8 @@ def _make_chunks_loop(cache_key: str) -> Callable[..., None]:
 def _make_fold_loop(cache_key: str) -> Callable[..., tuple[float, int]]:
     def fold_partials(scratch: Array, chunks: int) -> tuple[float, int]:
         cache_key  # noqa: B018
-        left = chunks
-        while left > 1:
-            # In place: chunk c was read when its sum is written to c, and c lies in no later chunk.
-            sums = (left + CHUNK - 1) // CHUNK
-            for c in range(sums):
-                scratch[c] = sum_of_values(scratch, c * CHUNK, min(CHUNK, left - c * CHUNK))
-            left = sums
-        total = scratch[0] if chunks else 0.0
-        nonfinite = 0
-        if not isfinite(total):
-            for count in scratch[chunks : 2 * chunks]:
-                nonfinite += int(count)
-        return total, nonfinite
+        total = sum_of_chunks(scratch[:chunks])
+        return total, count_nonfinite(total, scratch[chunks : 2 * chunks])
 
     return fold_partials
 

@@ -11,7 +11,7 @@ import pytest
 from cuda_steps import DTYPES, MODES, assert_same, problem
 from tolerances import assert_same_bits
 
-from fastadam import FusedAdam
+from fastadam import FusedAdam, Segment
 from fastadam.kernels import cpu, threads
 
 SIZES = [0, 1, 33, cpu.PARALLEL_FROM + 5]
@@ -168,3 +168,15 @@ def test_what_is_refused():
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == message
+
+
+def test_a_frozen_segment_does_not_keep_its_sum(rng):
+    """Thawed, it starts from nothing."""
+    opt, params = FusedAdam(segments=[Segment(0, 2, frozen=True)]), np.zeros(4)
+    opt.accumulate(np.full(4, 5.0))
+    opt.step(params)
+    assert_same_bits(params[:2], np.zeros(2))
+    opt.segments = ()
+    opt.accumulate(np.array([0.0, 0.0, 1.0, 1.0]))
+    opt.step(params)
+    assert_same_bits(params[:2], np.zeros(2))

@@ -53,3 +53,14 @@ def test_plain_powers_would_not_do(monkeypatch):
         wrong = block.__wrapped__(0.999, 1)
     bias_correction._first_powers.cache_clear()
     assert (wrong != right).sum() > 100
+
+
+@pytest.mark.parametrize("count", [1, 3, 100, 3000])
+def test_many_betas_have_the_bits_of_one(count):
+    """In blocks of 1024 steps and of fewer."""
+    betas = np.unique(np.append(np.linspace(0, 0.99999, count), 0.9))
+    many = bias_correction.of_many(tuple(betas))
+    for step in [1, 2, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 333, 10**9 + 7]:
+        corrections = many.at(step)
+        for k in {0, betas.size // 2, betas.size - 1}:
+            assert corrections[k] == correction(float(betas[k]), step)

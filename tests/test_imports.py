@@ -29,20 +29,15 @@ FLOORS = [
         "kernels.storage",
         "kernels.tree",
     },
-    {"kernels.__init__", "kernels.chunks", "kernels.translation"},
+    {"kernels.__init__", "kernels.chunks", "kernels.translation", "kernels.units"},
     {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.threads"},
-    {
-        "kernels.cuda_clock",
-        "kernels.cuda_decide",
-        "kernels.cuda_loop",
-        "kernels.cuda_source",
-        "kernels.norms",
-    },
-    {"kernels.cpu"},
-    {"kernels.cuda_cupy", "kernels.cuda_numba"},
+    {"kernels.cuda_clock", "kernels.cuda_decide", "kernels.cuda_loop", "kernels.cuda_source"},
+    {"kernels.norms"},
+    {"kernels.cpu", "kernels.segment_norms"},
+    {"kernels.cuda_cupy", "kernels.cuda_numba", "kernels.segments"},
     {"backends", "hyperparameters", "schedule"},
-    {"clocks", "decays", "streams", "tunables"},
-    {"compositions", "device_buffers"},
+    {"clocks", "decays", "segments", "streams", "tunables"},
+    {"compositions", "device_buffers", "segmented"},
     {"buffers", "schedules"},
     {"state"},
     {"accumulation", "device_steps", "loss_scale"},
@@ -155,5 +150,6 @@ def test_the_light_import_check_bites():
 
 
 def test_public_names():
-    assert fastadam.__all__ == ["DynamicLossScale", "FusedAdam", "__version__", "schedules", "warmup"]
+    names = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "schedules", "warmup"]
+    assert fastadam.__all__ == names
     assert all(hasattr(fastadam, name) for name in fastadam.__all__)
