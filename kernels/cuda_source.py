@@ -70,7 +70,9 @@ def _steps(types: KernelTypes) -> str:
     buffers = f"Real* params, {grads}, {moments}, long long size, long long head, long long packs"
     count = "\n    if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
     resident = grids.RESIDENT if types.dtype.itemsize == 4 else grids.RESIDENT_WIDE
-    kernel = f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
+
+    def kernel(resident: int) -> str:
+        return f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
 
     def body(skip: str, coefficients: list[str], last: str = "") -> str:
         left = iter(coefficients)
@@ -86,8 +88,9 @@ def _steps(types: KernelTypes) -> str:
     return f"""
 struct Update {{ {members} }};
 
-{kernel} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body("false", values)}
+{kernel(resident)} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body("false", values)}
 
-{kernel} step_captured({buffers}, const Real* coefficients, long long* step, const long long* skip)
+{kernel(resident - grids.FEWER_CAPTURED)}
+step_captured({buffers}, const Real* coefficients, long long* step, const long long* skip)
 {body("*skip", stored, count)}
 """

@@ -18,8 +18,14 @@ RESIDENT = 4
 nothing, it takes fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
 
 RESIDENT_WIDE = 3
-"""The same for a step in float64, which spills 8 to 48 bytes with 64 registers where there is much to do; it
-has more loads in flight, too."""
+"""The same for a step in float64: with 64 registers, one with the average of the parameters spills 16 to 24
+bytes; it has more loads in flight, too."""
+
+FEWER_CAPTURED = 1
+"""So many blocks fewer for a captured step, which holds up to 13 coefficients in registers, where an eager
+one has them in constant memory: for as many blocks it spills up to 32 bytes in float32, and 56 in float64
+(sm_100). This is a bound: one that needs few registers, as most do on sm_90, takes few, and more of its
+blocks fit."""
 
 WAVES = 8
 """The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""

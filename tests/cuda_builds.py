@@ -26,12 +26,12 @@ from numba.cuda import dispatcher
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import cuda_numba, cuda_source
-from fastadam.kernels.cuda import KernelTypes
+from fastadam.kernels.cuda import CLOCK_ENTRIES, KernelTypes
 
 BACKENDS = ["cupy", "numba-cuda"]
 DTYPES = ["float32", "float64"]
 SUFFIX = {"float32": "f32", "float64": "f64"}
-ENTRIES = ["step", "step_captured", "form_coefficients", "set_lr"]
+ENTRIES = ["step", "step_captured", *CLOCK_ENTRIES]
 SM_80, SM_90, SM_100 = (8, 0), (9, 0), (10, 0)
 
 VARIANTS = {flags_id(flags): flags for flags in FLAGS + PHASES}
@@ -63,7 +63,13 @@ class Build(NamedTuple):
     @property
     def types(self) -> KernelTypes:
         c = Coefficients(self.hyperparameters, np.dtype(self.dtype))
-        return c.types if self.entry.startswith("step") else c.types.of_clock
+        types = c.scaled_types if self.unscales else c.types
+        return types if self.entry.startswith("step") else types.of_clock
+
+    @property
+    def unscales(self) -> bool:
+        """Whether the gradient is divided by a scale: in the variants of all parts, and in no other."""
+        return self.variant.endswith("whole")
 
     @property
     def suffix(self) -> str:
@@ -93,8 +99,16 @@ STEPS = [
     *(Build(*kind) for kind in product(BACKENDS, ["step_captured"], DTYPES, EVERY_PART)),
     *(Build(*kind) for kind in product(BACKENDS, ["step"], DTYPES, EVERY_PART[1:], [SM_80, SM_100])),
 ]
-OTHERS = [Build(*kind) for kind in product(BACKENDS, ["form_coefficients", "set_lr"], DTYPES, ["adamw"])]
-"""The kernels whose code is read; of ``form_coefficients`` and ``set_lr``, no variant differs."""
+ELSEWHERE = [
+    Build(*kind) for kind in product(BACKENDS, ["step_captured"], DTYPES, EVERY_PART[-2:], [SM_80, SM_100])
+]
+"""Steps that take the most registers, and spilled on architectures other than the first."""
+
+OTHERS = [
+    *(Build(*kind) for kind in product(BACKENDS, CLOCK_ENTRIES, DTYPES, ["adamw"])),
+    *(Build(*kind) for kind in product(BACKENDS, ["measure", "decide"], DTYPES, ["adamw"], [SM_80, SM_100])),
+]
+"""The kernels whose code is read; of those that know no rule, no variant differs."""
 
 
 def arch(capability: tuple[int, int]) -> str:

@@ -9,8 +9,11 @@ import numpy as np
 from cuda_builds import Build, ptx_of
 from ptx import Memory, Program
 
+from fastadam import bias_correction
+from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import grids
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
+from fastadam.kernels.cuda_clock import Clock
 
 
 @cache
@@ -52,7 +55,7 @@ class HostGpu(Cuda):
         return self._programs(build)
 
     def launch(self, kernel, blocks, threads, args, _device, _stream):
-        grid = (blocks, threads) if threads == 1 else self.GRID
+        grid = (blocks, threads) if threads == 1 or kernel.waits else self.GRID
         passed = [np.float64(argument) if type(argument) is float else argument for argument in args]
         kernel.launch(*grid, passed, self.memory)
 
@@ -94,3 +97,22 @@ class HostGpu(Cuda):
 
     def resident_threads(self, _device):
         return 1
+
+
+def make_clock(gpu: HostGpu, build: Build, h: Hyperparameters) -> Clock:
+    """Return a clock before its first step."""
+    types = build.types
+    update = Coefficients(h, types.dtype).update(1, grad_scale=1.0 if build.unscales else None)
+    beta1, beta2 = h.betas
+    return Clock(
+        gpu,
+        device=0,
+        stream=0,
+        types=types,
+        step=0,
+        lrs=[h.lr],
+        weight_decay=h.weight_decay,
+        coefficients=[value for part in update if part for value in part],
+        corrections1=bias_correction.table(beta1),
+        inverse_corrections2=1 / bias_correction.table(beta2),
+    )

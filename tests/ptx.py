@@ -1,7 +1,7 @@
 """PTX, read and run.
 
 - :func:`entries` and :func:`instructions`: the kernels of a module, and what one consists of.
-- :class:`Program`: runs a kernel, thread after thread, on NumPy scalars.
+- :class:`Program`: runs a kernel, thread after thread from barrier to barrier, on NumPy scalars.
 - :class:`Memory`: traps what the memory of a GPU traps.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def signed(value: int, bits: int = 64) -> int:
 
 EXPRESSIONS = {
     **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f32", "f64")},
-    **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "b64", "f32", "f64")},
+    **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "u32", "u64", "b64", "f32", "f64")},
     "cvta.to.global.u64": "{0}",
     "cvt.u64.u32": "{0}",
     "cvt.u32.u64": "{0} & U32",
@@ -102,6 +103,14 @@ EXPRESSIONS = {
     "cvt.rn.f32.f64": "np.float32({0})",
     "cvt.f64.f32": "np.float64({0})",
     "cvt.rn.f64.s64": "np.float64(signed({0}, 64))",
+    "cvt.rn.f64.u32": "np.float64({0})",
+    "add.s32": "({0} + {1}) & U32",
+    "sub.s32": "({0} - {1}) & U32",
+    "and.b32": "{0} & {1}",
+    "shl.b32": "({0} << {1}) & U32",
+    "shr.u32": "{0} >> {1}",
+    "shr.u64": "{0} >> {1}",
+    "shr.s64": "(signed({0}, 64) >> {1}) & U64",
     "add.s64": "({0} + {1}) & U64",
     "sub.s64": "({0} - {1}) & U64",
     "mul.lo.s64": "({0} * {1}) & U64",
@@ -115,6 +124,7 @@ EXPRESSIONS = {
     "or.pred": "{0} or {1}",
     "and.pred": "{0} and {1}",
     "not.pred": "not {0}",
+    "xor.pred": "{0} is not {1}",
     "mov.pred": "bool({0})",
     "neg.s64": "-{0} & U64",
     "div.u32": "{0} // {1}",
@@ -122,6 +132,8 @@ EXPRESSIONS = {
     "min.s64": "min({0}, {1}, key=signed)",
     "max.s64": "max({0}, {1}, key=signed)",
     "mul.f64": "{0} * {1}",  # to nearest as well, but it could be fused
+    "add.f64": "{0} + {1}",
+    "sub.f64": "{0} - {1}",
 }
 """What PTX computes, in Python: integers are unsigned of their width, floats are NumPy scalars.
 
@@ -137,8 +149,13 @@ for _kind in ("f32", "f64"):
 for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
     for _kind in ("f32", "f64", "u64", "b64"):
         EXPRESSIONS[f"setp.{_name}.{_kind}"] = f"{{0}} {_symbol} {{1}}"
+    EXPRESSIONS[f"setp.{_name}.u32"] = f"{{0}} {_symbol} {{1}}"
     for _bits in (32, 64):
         EXPRESSIONS[f"setp.{_name}.s{_bits}"] = f"signed({{0}}, {_bits}) {_symbol} signed({{1}}, {_bits})"
+
+for _kind in ("f32", "f64"):  # of a NaN, nothing is true but what is unordered
+    EXPRESSIONS[f"setp.ne.{_kind}"] = "{0} < {1} or {0} > {1}"
+    EXPRESSIONS[f"setp.neu.{_kind}"] = "{0} != {1}"
 
 
 # --- Programs -----------------------------------------------------------------------------------------------
@@ -153,10 +170,18 @@ class Program:
 
     def __init__(self, entry: str) -> None:
         code = instructions(entry)
+        self._shared = _shared(entry)
+        self.waits = any(op.startswith("bar.sync") for _, op, _ in code)
+        """Whether the threads of a block wait for each other."""
         labels = [instruction.op for instruction in code if instruction.op.startswith("$")]
         self._blocks = {label: number for number, label in enumerate(labels, start=1)}
         # A jump names a block and goes back to the top, from where all blocks before that one are skipped.
-        lines = ["def run(arguments, memory, special):", " block = 0", " while True:", "  if block <= 0:"]
+        lines = [
+            "def run(arguments, memory, special, shared):",
+            " block = 0",
+            " while True:",
+            "  if block <= 0:",
+        ]
         for guard, op, operands in code:
             if op in self._blocks:
                 lines.append(f"  if block <= {self._blocks[op]}:")
@@ -174,17 +199,37 @@ class Program:
     def launch(self, blocks: int, threads: int, arguments: tuple, memory: Memory) -> None:
         """Run all threads of a grid."""
         for block in range(blocks):
-            for thread in range(threads):
-                self.thread(block, thread, blocks, threads, arguments, memory)
+            shared = Memory()
+            for address, size in self._shared.values():
+                shared.add(np.full(size, 0xFF, np.uint8), address)  # NaN: nothing has been written
+            runs = [
+                self.thread(block, thread, blocks, threads, arguments, memory, shared)
+                for thread in range(threads)
+            ]
+            while self.waits and runs:
+                with np.errstate(all="ignore"):
+                    waiting = [run for run in runs if next(run, None)]
+                assert len(waiting) in (0, len(runs)), "threads of a block left others at a barrier"
+                runs = waiting
 
     def thread(
-        self, block: int, thread: int, blocks: int, threads: int, arguments: tuple, memory: Memory
-    ) -> None:
-        """Run one thread; an int is passed in 64 bits, a NumPy scalar as it is."""
+        self,
+        block: int,
+        thread: int,
+        blocks: int,
+        threads: int,
+        arguments: tuple,
+        memory: Memory,
+        shared: Memory | None = None,
+    ) -> Iterator[bool] | None:
+        """Run one thread; an int is passed in 64 bits, a NumPy scalar as it is.
+
+        Of a kernel whose threads wait for each other, return an iterator that runs to the next barrier.
+        """
         passed = [argument & U64 if type(argument) is int else argument for argument in arguments]
         special = {"ctaid": block, "tid": thread, "nctaid": blocks, "ntid": threads}
         with np.errstate(all="ignore"):
-            self._run(passed, memory, special)
+            return self._run(passed, memory, special, shared)
 
     def _statement(self, op: str, operands: list[str]) -> str:
         """Return the Python of an instruction."""
@@ -193,29 +238,48 @@ class Program:
             return f"block = {self._blocks[operands[0]]}; continue"
         if name == "ret":
             return "return"
+        if name == "bar":
+            return "yield True"
         if op.startswith("ld.param.") and kind in TYPES:
             (number,) = re.findall(r"_param_(\d+)\]", operands[1])
             return f"{_value(operands[0])} = arguments[{number}]"
         if op.startswith(("ld.global.", "st.global.")) and kind in TYPES:
             return _access(name, kind, operands)
+        if op.startswith(("ld.shared.", "st.shared.")) and kind in TYPES:
+            return _access(name, kind, [self._placed(operand) for operand in operands], "shared")
         if op not in EXPRESSIONS:
             raise NotImplementedError(f"PTX instruction {op}")
-        result, *values = map(_value, operands)
+        result, *values = (_value(self._placed(operand)) for operand in operands)
         return f"{result} = {EXPRESSIONS[op].format(*values)}"
 
+    def _placed(self, operand: str) -> str:
+        """Return an operand with the address of shared memory in place of its name."""
+        for name, (address, _) in self._shared.items():
+            operand = re.sub(rf"(?<![\w$]){re.escape(name)}(?![\w$])", str(address), operand)
+        return operand
 
-def _access(name: str, kind: str, operands: list[str]) -> str:
-    """Return the Python of a load from, or a store to, global memory."""
+
+def _shared(entry: str) -> dict[str, tuple[int, int]]:
+    """Return where the shared arrays of a kernel lie, and their bytes, by name."""
+    found, address = {}, 1 << 12
+    for name, size in re.findall(r"\.shared \.align \d+ \.b8 ([\w$]+)\[(\d+)\];", entry):
+        found[name] = address, int(size)
+        address += int(size) + (1 << 12)  # what is not there lies between them
+    return found
+
+
+def _access(name: str, kind: str, operands: list[str], memory: str = "memory") -> str:
+    """Return the Python of a load from, or a store to, global or shared memory."""
     registers, place = operands if name == "ld" else operands[::-1]
     base, _, offset = place.strip("[]").partition("+")
     address = f"({_value(base)} + {int(offset or 0)}) & U64"
     values = [_value(register) for register in re.findall(r"[^{},\s]+", registers)]
     integer = kind.startswith("u")
     if name == "ld":
-        loaded = f"memory.load({address}, {len(values)}, {TYPES[kind]})"
+        loaded = f"{memory}.load({address}, {len(values)}, {TYPES[kind]})"
         return f"{', '.join(values)}, = {f'map(int, {loaded})' if integer else loaded}"
     stored = ", ".join(f"{TYPES[kind]}({value})" if integer else value for value in values)
-    return f"memory.store({address}, {TYPES[kind]}, {stored})"
+    return f"{memory}.store({address}, {TYPES[kind]}, {stored})"
 
 
 def _value(operand: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from functools import cache
 
-from cuda_builds import Build, ptx_of
+from cuda_builds import SM_90, Build, ptx_of
 from ptx import count
 
 from fastadam.kernels import grids
@@ -37,6 +37,57 @@ def foreign(ops, suffix):
     return {op for op in ops if not harmless.fullmatch(op)}
 
 
+def computing(ops):
+    """Return what computes with floats of any width: all but loads, stores and moves."""
+    return Counter({op: n for op, n in ops.items() if ".f" in op and not re.match(r"(ld|st|mov)\.", op)})
+
+
+_OF_A_SCALE = {"cvt.f64.f32": 1, "mul.rn.f64": 2}
+"""To multiply a scale with one of either width: a float32 widened, with its subnormals, and two products."""
+
+_FOLDS = 5
+"""Of the 32 lanes of a warp to one."""
+
+
+def due_of_clock(ops, build):
+    """Return all that a kernel that knows no rule may do with floats.
+
+    The tree has as many additions as the compiler unrolls its loops to. Three operations of NVRTC's are not
+    spelled out, for there is nothing to fuse: a sum with a quotient, a product that is stored, and the
+    difference of a number and itself. The machine code has to show it.
+    """
+    by_numba, narrow, adds = build.backend == "numba-cuda", build.dtype == "float32", ops["add.rn.f64"]
+    decay = Counter({"mul.rn.f64" if by_numba else "mul.f64": 1})
+    match build.entry:
+        case "set_lr":
+            return Counter()
+        case "accumulate":
+            return Counter({f"add.rn.{build.suffix}": ops[f"add.rn.{build.suffix}"]})
+        case "measure":
+            n = ops["mul.rn.f64"]
+            if by_numba:  # counts in float64; the first 0 plus 1 or 0 is no addition
+                assert adds in (2 * (n + _FOLDS) - 1, 2 * (n + _FOLDS))
+                counts = {"sub.rn.f64": n, "selp.f64": n}
+            else:
+                assert adds == n + _FOLDS
+                counts = {"sub.f64": n}
+            due = Counter({"mul.rn.f64": n, "add.rn.f64": adds, "setp.neu.f64": n, **counts})
+            return due + Counter({"cvt.f64.f32": n} if narrow else {})
+        case "form_coefficients":
+            due = decay + Counter({**_OF_A_SCALE, "div.rn.f64": 1, "cvt.rn.f64.s64": 1})
+            # A clip factor of 1 is one in Numba's code already.
+            return due + Counter({"cvt.rn.f32.f64": 4 if by_numba else 5} if narrow else {})
+        case "decide":
+            assert adds > _FOLDS
+            due = decay + Counter(_OF_A_SCALE)
+            due += Counter({"sqrt.rn.f64": 1, "div.rn.f64": 3, "add.rn.f64": adds, "cvt.rn.f64.u32": 1})
+            due += Counter({"setp.gt.f64": 1, "selp.f64": 1})
+            due += Counter({"setp.gt.f64": 1} if by_numba else {"add.f64": 1, "cvt.rn.f64.s64": 1})
+            due["cvt.rn.f64.s64"] += 1
+            return due + Counter({"cvt.rn.f32.f64": 5} if narrow else {})
+    raise ValueError(build.entry)
+
+
 def copies(ops, access, buffers):
     """Return how often the code loads or stores some number of buffers, all of them every time."""
     times, rest = divmod(ops, buffers)
@@ -52,29 +103,42 @@ def n_accesses(build):
 
 def n_divisions(build):
     """Return how often a step divides for an element: by the denominator, and to unscale the gradient."""
-    return 1 if build.hyperparameters.max_grad_value is None else 2
+    return 2 if build.unscales else 1
+
+
+CLEARED_WHERE_SKIPPED = (1, 4 + 1)
+"""Stores of the loop that clears the gradients of a skipped step: as compilers unroll it, or do not."""
 
 
 def bodies(ops, build):
     """Return how often the code of a step updates a pack, and an element alone.
 
-    Every time it loads all buffers once, and stores all but the gradients, or those too.
+    Every time it loads all buffers once, and stores all but the gradients, or those too. A captured step also
+    loads its coefficients, and clears gradients in a loop of its own where it is skipped.
     """
     n_loads, n_stores = n_accesses(build)
     one = build.types.dtype.itemsize
+    captured = build.entry == "step_captured"
 
-    def accesses(access, nbytes):
+    def accesses(access, nbytes, kinds="fbu"):
         # Of a zero, compilers make an integer; newer ones, of all that they store.
         return sum(
             ops[f"{access}.global.{vector}{kind}{8 * width}"]
             for vector, width in (("", nbytes), ("v2.", nbytes // 2), ("v4.", nbytes // 4))
-            for kind in "fbu"
+            for kind in kinds
         )
 
     packs = copies(accesses("ld", grids.PACK), "packs loaded", n_loads)
     assert copies(accesses("st", grids.PACK), "packs stored", n_stores) == packs
-    counted = build.entry == "step_captured" and one == 8  # the step counter is as wide as an element
-    alone = copies(accesses("st", one) - counted, "elements stored", n_stores)
-    if build.entry == "step":  # a captured step loads its coefficients, too
+    if not captured:
+        alone = copies(accesses("st", one), "elements stored", n_stores)
         assert copies(accesses("ld", one), "elements loaded", n_loads) == alone
+        return packs, alone
+    assert build.capability == SM_90, "newer compilers do not tell zeros from numbers that are stored"
+    cleared = n_stores == n_loads
+    alone = copies(accesses("st", one, "f"), "elements stored", n_stores - cleared)
+    zeros = accesses("st", one, "u") - (one == 8)  # the step counter is as wide as an element
+    assert zeros - alone in CLEARED_WHERE_SKIPPED if cleared else zeros == 0, "elements stored as zeros"
+    loaded = accesses("ld", one, "f") - len(build.types.coefficients)
+    assert copies(loaded, "elements loaded", n_loads) == alone
     return packs, alone

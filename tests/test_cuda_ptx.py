@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cuda_builds import BACKENDS, DTYPES, STEPS, SUFFIX, Build, compile_cuda, plant
+from cuda_builds import BACKENDS, DTYPES, OTHERS, STEPS, SUFFIX, Build, compile_cuda, plant
 from ptx import count, entries
-from ptx_checks import bodies, foreign, n_divisions, ops_of
+from ptx_checks import bodies, computing, due_of_clock, foreign, n_divisions, ops_of
 
-from fastadam.kernels import grids
+from fastadam.kernels import cuda_source, grids
+
+CARELESS = [
+    ({"__dadd_rn(a, b)": "a + b"}, "add.f64"),
+    ({"__dadd_rn(a, b)": "a + b", "__dmul_rn(a, b)": "a * b"}, "fma.rn.f64"),
+    ({"__ddiv_rn(a, b)": "a * __drcp_rn(b)"}, "rcp.rn.f64"),
+    ({"__dsqrt_rn(a)": "a * rsqrt(a)"}, "rsqrt.approx.f64"),
+    ({'asm("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(a));': "result = a;"}, "cvt.ftz.f64.f32"),
+]
+"""Of ``kernels/clock.cu``: what is spelled out, what it would be otherwise, and the trace of that in PTX."""
+
+
+def careless_clock(careless):
+    source = cuda_source.source(Build("cupy", "decide", "float32", "adamw").types)
+    for right, wrong in careless.items():
+        assert right in source
+        source = source.replace(right, wrong)
+    return source
+
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -25,22 +43,34 @@ def test_ptx_of_a_step(build):
     assert ops[f"div.rn.{build.suffix}"] == n_divisions(build) * elements
 
 
-@each_dtype
-@each_backend
-def test_ptx_of_form_coefficients(backend, dtype):
-    ops = ops_of(Build(backend, "form_coefficients", dtype, "adamw"))
-    product = "mul.f64" if backend == "cupy" else "mul.rn.f64"  # nothing is added: nothing to fuse
-    rounding = {"cvt.rn.f32.f64": 3, "st.global.f32": 3} if dtype == "float32" else {"st.global.f64": 3}
-    moves = {"ld.global.f64", "mov.f64"}
-    found = {op: n for op, n in ops.items() if ".f" in op and op not in moves}
-    assert found == {"div.rn.f64": 1, product: 1, "ld.param.f64": 1, **rounding}
+@pytest.mark.parametrize("build", OTHERS, ids=str)
+def test_ptx_of_a_kernel_without_a_rule(build):
+    """Nothing flushed or approximate, and as many of each operation as its source says."""
+    ops = ops_of(build)
+    assert computing(ops) == due_of_clock(ops, build)
 
 
 @each_dtype
 @each_backend
-def test_ptx_of_set_lr(backend, dtype):
-    ops = ops_of(Build(backend, "set_lr", dtype, "adamw"))
-    assert {op: n for op, n in ops.items() if ".f" in op} == {"ld.param.f64": 1, "st.global.f64": 1}
+def test_what_kernels_without_a_rule_read_and_write(backend, dtype):
+    suffix = SUFFIX[dtype]
+
+    def global_accesses(entry):
+        ops = ops_of(Build(backend, entry, dtype, "adamw"))
+        return ops, {op.replace(".global", ""): n for op, n in ops.items() if op[2:9] == ".global"}
+
+    ops, accesses = global_accesses("measure")
+    pair = {"st.f64": 2} if backend == "numba-cuda" else {"st.f64": 1, "st.u64": 1}
+    assert accesses == {f"ld.{suffix}": ops["mul.rn.f64"], **pair}
+
+    ops, accesses = global_accesses("accumulate")
+    n = ops[f"add.rn.{suffix}"]
+    zeros = {f"st.u{suffix[1:]}": n // 2}  # in one of two loops
+    assert accesses == {f"ld.{suffix}": 2 * n, f"st.{suffix}": n, **zeros}
+    assert n % 2 == 0
+
+    _, accesses = global_accesses("set_lr")
+    assert accesses == {"st.f64": 1}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +91,19 @@ def test_foreign_instructions_are_seen(statement, dtype, trace):
     assert trace in foreign(count(entries(module)["planted"]), SUFFIX[dtype])
 
 
+@pytest.mark.parametrize(("careless", "trace"), CARELESS, ids=lambda v: v if isinstance(v, str) else "")
+def test_careless_clocks_are_seen(careless, trace):
+    module, _ = compile_cuda(careless_clock(careless))
+    seen = set()
+    for entry in ("measure", "decide"):
+        ops = count(entries(module)[entry])
+        try:
+            seen |= set(computing(ops) - due_of_clock(ops, Build("cupy", entry, "float32", "adamw")))
+        except AssertionError:  # the tree has other sums
+            seen |= set(computing(ops))
+    assert trace in seen
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
@@ -71,10 +114,22 @@ def test_foreign_instructions_are_seen(statement, dtype, trace):
     ],
 )
 @pytest.mark.parametrize("variant", ["plain", "adamw-whole"])
+@pytest.mark.parametrize("entry", ["step", "step_captured"])
 @each_backend
-def test_lost_accesses_are_seen(backend, variant, lost, message):
-    build = Build(backend, "step", "float32", variant)
+def test_lost_accesses_are_seen(backend, entry, variant, lost, message):
+    build = Build(backend, entry, "float32", variant)
     ops = ops_of(build)
     for fewer in (ops - Counter([lost]), Counter({**ops, lost: 0})):
         with pytest.raises(AssertionError, match=message):
+            bodies(fewer, build)
+
+
+@each_dtype
+@each_backend
+def test_a_lost_zero_is_seen(backend, dtype):
+    build = Build(backend, "step_captured", dtype, "adamw-whole")
+    ops = ops_of(build)
+    zero = f"st.global.u{SUFFIX[dtype][1:]}"
+    for fewer in (ops - Counter([zero]), Counter({**ops, zero: 0})):
+        with pytest.raises(AssertionError, match="elements stored as zeros"):
             bodies(fewer, build)

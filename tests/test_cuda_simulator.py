@@ -17,7 +17,6 @@ import pytest
 from oracles import FLAGS, PHASES, flags_id, interpret
 from tolerances import assert_same_bits
 
-from fastadam import bias_correction
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import grids
 
@@ -25,8 +24,11 @@ pytest.importorskip("numba_cuda", reason="the simulator is numba-cuda's")
 
 DTYPES = ["float32", "float64"]
 SIZES = [*range(12), 15, 16, 17, 31, 33, 40]
-LRS = [1e-3, 0.5, 0.5, 1e-5, 0.3]
-"""The learning rate of each captured step."""
+SKIPS = [0, 1, 0, 0, 1, 1, 0, 0, 1]
+"""Of captured steps: the flag of each."""
+
+LRS = [1e-3, 0.5, 0.5, 1e-5, 0.3, 0.3]
+"""The learning rate of each captured step that is taken, and of the one after."""
 
 SIMULATE = """
 import pickle, sys
@@ -52,17 +54,16 @@ def eager(kernel, job):
         kernel(job["params"], grads, job["states"], *job["layout"], coefficients)
 
 def captured(kernel, job):
-    for lr, grads in zip(job["lrs"], job["gradients"], strict=True):
-        set_lr[1, 1](job["lr"], lr)
-        form[1, 1](job["step"], job["lr"], *job["form"])
-        kernel(job["params"], grads, job["states"], *job["layout"], job["memory"], job["step"])
-        job["seen"].append(job["memory"][:-1].copy())
+    steps = zip(job["coefficients"], job["gradients"], job["skips"], strict=True)
+    for coefficients, grads, skip in steps:
+        flag = np.array([skip])
+        kernel(job["params"], grads, job["states"], *job["layout"], coefficients, job["step"], flag)
+        assert flag[0] == skip
 
-set_lr, form = cuda.jit(cuda_loop.set_lr), cuda.jit(cuda_loop.form_coefficients)
 jobs = pickle.load(sys.stdin.buffer)
 for job in jobs:
-    kernel = cuda.jit(cuda_loop.make_step(job["kinds"], captured="lrs" in job))[job["grid"]]
-    (captured if "lrs" in job else eager)(kernel, job)
+    kernel = cuda.jit(cuda_loop.make_step(job["kinds"], captured="skips" in job))[job["grid"]]
+    (captured if "skips" in job else eager)(kernel, job)
 sys.stdout.buffer.write(pickle.dumps(jobs))
 """
 
@@ -103,14 +104,22 @@ def coefficients(h, dtype, step, **scales):
     return tuple(value for part in c.update(step, **scales) if part for value in part)
 
 
-def scales(h):
-    """Return what an eager step is given besides the step number, where its kernel takes it."""
-    return {} if h.max_grad_value is None else {"grad_scale": 3.0, "clip_factor": 0.7}
+WHOLE = {"grad_scale": 3.0, "clip_factor": 0.7}
+
+
+def scales(flags):
+    """Return what a step is given besides the step number: a division with all parts, and without no scale."""
+    return WHOLE if flags_id(flags).endswith("whole") else {"clip_factor": 0.7}
+
+
+def types_of(h, dtype, scales):
+    c = Coefficients(h, np.dtype(dtype))
+    return c.scaled_types if "grad_scale" in scales else c.types
 
 
 def eager_jobs(rng, flags, dtype):
     h = Hyperparameters(**flags)
-    kind = Coefficients(h, np.dtype(dtype)).types
+    kind = types_of(h, dtype, scales(flags))
     for size in SIZES:
         params, gradients = problem(rng, dtype, size, steps=2)
         for layout in dict.fromkeys(layouts(size, params.itemsize)):
@@ -121,42 +130,38 @@ def eager_jobs(rng, flags, dtype):
                 "params": params.copy(),  # pickle would keep one array one
                 "gradients": [grads.copy() for grads in gradients],
                 "states": tuple(np.zeros(size, dtype) for _ in h.state),
-                "coefficients": [coefficients(h, dtype, step, **scales(h)) for step in (1, 2)],
+                "coefficients": [coefficients(h, dtype, step, **scales(flags)) for step in (1, 2)],
             }
 
 
-def captured_job(rng, flags, dtype):
-    """A job of which the coefficients are formed by ``form_coefficients``, as Clock lays them out."""
-    h = Hyperparameters(**flags)
+def captured_job(rng, flags, dtype, more):
+    """A job whose steps read their coefficients from memory, count, and skip where a flag is set."""
+    by_step = [Hyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS]
     size = 9
-    params, gradients = problem(rng, dtype, size, len(LRS))
-    kind = Coefficients(h, np.dtype(dtype)).types
-    spare = len(kind.coefficients)
-    memory = np.array([*coefficients(h, dtype, 1), np.nan], dtype)
-    beta1, beta2 = h.betas
-    corrections1, inverse2 = bias_correction.table(beta1), 1 / bias_correction.table(beta2)
-    changing = ("step_size", "inv_bias_correction2", "lr_times_weight_decay")
-    places = [kind.coefficients.index(name) if name in kind.coefficients else spare for name in changing]
-    tables = (corrections1, corrections1.size, inverse2, inverse2.size)
+    params, gradients = problem(rng, dtype, size, len(SKIPS))
+    taken = 0
+    memory = []
+    for skip in SKIPS:
+        values = coefficients(by_step[taken], dtype, taken + 1, **scales(flags))
+        # What is skipped is not read; nor is what lies behind.
+        memory.append(np.array([*((np.nan,) * len(values) if skip else values), np.nan], dtype))
+        taken += not skip
     return {
-        "kinds": kind,
+        "kinds": types_of(by_step[0], dtype, scales(flags)),
         "grid": (2, 4),
         "layout": (size, *grids.packs([4 * 2], params.itemsize, size)),
         "params": params,
         "gradients": list(gradients),
-        "states": tuple(np.zeros(size, dtype) for _ in h.state),
-        "lrs": LRS,
+        "states": tuple(np.zeros(size, dtype) for _ in by_step[0].state),
+        "coefficients": memory,
+        "skips": SKIPS,
         "step": np.array([0]),
-        "lr": np.array([np.nan]),
-        "form": (h.weight_decay, *tables, memory, *places),
-        "memory": memory,
-        "seen": [],
     }
 
 
 BOTH = [(flags, dtype) for flags in FLAGS + PHASES for dtype in DTYPES]
-SHORT_TABLES = {"betas": (0.0, 0.5), "eps": 0.1}
-"""Bias corrections that are 1 from the first and from the 54th step on."""
+OTHER_ENDS = {"betas": (0.0, 0.5), "eps": 0.1}
+"""Moving averages that take their step from the other end."""
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +174,8 @@ def simulated():
         for job in eager_jobs(rng, flags, dtype):
             jobs.append(job)
             keys.append(("eager", *name))
-        for more in ({}, SHORT_TABLES):
-            jobs.append(captured_job(rng, {**flags, **more}, dtype))
+        for more in ({}, OTHER_ENDS):
+            jobs.append(captured_job(rng, flags, dtype, more))
             keys.append(("captured", *name))
     found = {}
     for key, before, after in zip(keys, jobs, simulate(jobs), strict=True):
@@ -209,17 +214,20 @@ def test_bits_of_the_rule(simulated, flags, dtype):
         size = before["params"].size
         if size not in expected:
             h = Hyperparameters(**flags)
-            expected[size] = expect(before, [h] * 2, **scales(h))
+            expected[size] = expect(before, [h] * 2, **scales(flags))
         assert_same(after, expected[size])
 
 
 @pytest.mark.parametrize(("flags", "dtype"), BOTH, ids=lambda v: v if isinstance(v, str) else flags_id(v))
 def test_captured_steps_have_the_bits_of_eager_ones(simulated, flags, dtype):
+    """Those that are taken; one that is skipped writes nothing but zeros where gradients are cleared."""
     for (before, after), more in zip(
-        simulated["captured", flags_id(flags), dtype], ({}, SHORT_TABLES), strict=True
+        simulated["captured", flags_id(flags), dtype], ({}, OTHER_ENDS), strict=True
     ):
-        by_step = [Hyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS]
-        assert after["step"][0] == len(LRS)
-        for step, (h, seen) in enumerate(zip(by_step, after["seen"], strict=True), start=1):
-            assert_same_bits(seen, np.array(coefficients(h, dtype, step)), f"coefficients of step {step}")
-        assert_same(after, expect(before, by_step))
+        by_step = [Hyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS[:-1]]
+        assert after["step"].tolist() == [len(by_step)]
+        takes = [grads for grads, skip in zip(before["gradients"], SKIPS, strict=True) if not skip]
+        params, _, states = expect({**before, "gradients": takes}, by_step, **scales(flags))
+        clears = by_step[0].zero_grads
+        gradients = [np.zeros_like(grads) if clears else grads for grads in before["gradients"]]
+        assert_same(after, (params, gradients, states))

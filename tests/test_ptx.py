@@ -70,6 +70,48 @@ def test_code_that_never_ran_is_known():
     assert skipped.unreached == {"$skipped"}
 
 
+EXCHANGE = """
+__shared__ float there[2];
+there[threadIdx.x] = a[threadIdx.x];
+LEAVE __syncthreads();
+b[threadIdx.x] = there[1 - threadIdx.x];
+"""
+
+
+def exchange(entry):
+    """Run two threads that exchange a number by the memory of their block."""
+    memory, values = Memory(), np.zeros(2, np.float32)
+    memory.add(np.array([1, 2], np.float32), 256)
+    memory.add(values, 512)
+    Program(entry).launch(1, 2, (256, 512, 1), memory)
+    return values.tolist()
+
+
+def test_threads_wait_at_a_barrier():
+    usual = planted_ptx(EXCHANGE.replace("LEAVE", ""))
+    assert exchange(usual) == [2, 1]
+    first, _ = exchange(usual.replace("bar.sync", "// bar.sync"))
+    assert np.isnan(first)
+
+
+def test_a_thread_that_leaves_others_at_a_barrier_is_seen():
+    with pytest.raises(AssertionError, match="left others"):
+        exchange(planted_ptx(EXCHANGE.replace("LEAVE", "if (threadIdx.x >= n) return;")))
+
+
+@pytest.mark.parametrize(
+    ("comparison", "expected"), [("setp.ne", 0), ("setp.neu", 1), ("setp.lt", 0), ("setp.eq", 0)]
+)
+def test_comparisons_of_nan(comparison, expected):
+    memory, values = Memory(), np.zeros(1, np.float32)
+    memory.add(np.full(1, np.nan, np.float32), 256)
+    memory.add(values, 512)
+    entry = planted_ptx("*b = a[0] != 1 ? 1.f : 0.f;")
+    assert "setp.neu.ftz.f32" in entry
+    Program(entry.replace("setp.neu.ftz", comparison)).thread(0, 0, 1, 1, (256, 512, 0), memory)
+    assert values == [expected]
+
+
 def test_unknown_instructions_are_refused():
     with pytest.raises(NotImplementedError, match=r"fma\.rn\.ftz\.f32"):
         Program(planted_ptx("*b = a[0] * a[1] + a[2];"))

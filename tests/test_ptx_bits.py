@@ -7,16 +7,14 @@ from itertools import cycle, product
 import numpy as np
 import pytest
 from cuda_builds import BACKENDS, DTYPES, EAGER_STEPS, EVERY_PART, MOST, Build, ptx_of
-from host_gpu import HostGpu, program
+from host_gpu import HostGpu, make_clock, program
 from oracles import interpret
 from ptx import Memory, Program
 from tolerances import assert_same_bits
 
-from fastadam import bias_correction
 from fastadam.hyperparameters import Coefficients
 from fastadam.kernels import grids
 from fastadam.kernels.cuda import Look
-from fastadam.kernels.cuda_clock import Clock
 
 LRS = [1e-3, 0.5]
 """The learning rate of each step."""
@@ -54,10 +52,13 @@ def problem(rng, dtype, size, steps):
     return params, gradients
 
 
+GRAD_SCALE = 3.0
+
+
 def scales(build):
-    """Return what an eager step is given besides the step number, where its kernel takes it."""
-    takes = build.entry == "step" and build.hyperparameters.max_grad_value is not None
-    return {"grad_scale": 3.0, "clip_factor": 0.7} if takes else {}
+    """Return what a step is given besides the step number; a kernel takes of it what its variant has."""
+    scale = {"grad_scale": GRAD_SCALE} if build.unscales else {}
+    return scale if build.entry == "step_captured" else {**scale, "clip_factor": 0.7}
 
 
 def expect(h, params, gradients, **scales):
@@ -68,30 +69,13 @@ def expect(h, params, gradients, **scales):
     return [params, np.zeros_like(grads) if h.zero_grads else grads, *states]
 
 
-def make_clock(gpu, types, h):
-    c = Coefficients(h, types.dtype)
-    beta1, beta2 = h.betas
-    return Clock(
-        gpu,
-        device=0,
-        stream=0,
-        types=types,
-        step=0,
-        lrs=[h.lr],
-        weight_decay=h.weight_decay,
-        coefficients=[value for part in c.update(1) if part for value in part],
-        corrections1=bias_correction.table(beta1),
-        inverse_corrections2=1 / bias_correction.table(beta2),
-    )
-
-
 def take_steps(gpu, build, h, params, gradients, places):
     """Return [params, grads, *states] after a step of each learning rate, by the PTX of a build."""
     zeros = [np.zeros_like(params) for _ in h.state]
     assert len(zeros) + 2 <= len(places)
     buffers = zip([params, gradients[0], *zeros], places, strict=False)
     param, grad, *states = (gpu.buffer(values, place) for values, place in buffers)
-    clock = make_clock(gpu, build.types, h) if build.entry == "step_captured" else None
+    clock = make_clock(gpu, build, h) if build.entry == "step_captured" else None
     for step, (lr, values) in enumerate(zip(LRS, gradients, strict=True), start=1):
         grad.owner[:] = values
         if clock is None:
@@ -99,7 +83,7 @@ def take_steps(gpu, build, h, params, gradients, places):
             gpu.plan(param, grad, states, c.update(step, **scales(build)), c.clear)()
         else:
             clock.set_lr(lr, stream=0)
-            gpu.plan_on_clock(param, grad, states, clock, Look())()
+            gpu.plan_on_clock(param, grad, states, clock, Look(**scales(build)))()
             assert clock.step() == step
     if clock is not None:
         assert_skips(gpu, clock, param, grad, states, clears=h.zero_grads)
@@ -209,7 +193,8 @@ def test_addresses_are_of_64_bits(rng, backend, dtype, thread, packs, tail):
     lanes = grids.PACK // itemsize
     params, gradients = problem(rng, dtype, lanes, 1)
     zeros = [np.zeros(lanes, dtype) for _ in build.hyperparameters.state]
-    new_params, new_states = interpret(build.hyperparameters, params, gradients[0], zeros, 1)
+    scaled = scales(build)
+    new_params, new_states = interpret(build.hyperparameters, params, gradients[0], zeros, 1, **scaled)
     touched = list(accesses(thread, packs, tail, lanes))
     assert touched
 
@@ -224,7 +209,8 @@ def test_addresses_are_of_64_bits(rng, backend, dtype, thread, packs, tail):
             memory.add(window, pointer + first * itemsize)
             seen.append((window, wanted[:count]))
     size = HEAD + packs * lanes + tail
-    arguments = (*pointers, size, HEAD, packs, *(value for part in c.update(1) if part for value in part))
+    values = (value for part in c.update(1, **scaled) if part for value in part)
+    arguments = (*pointers, size, HEAD, packs, *values)
     program(build).thread(*divmod(thread, THREADS), BLOCKS, THREADS, arguments, memory)
     for window, wanted in seen:
         assert_same_bits(window, wanted)
