@@ -88,12 +88,12 @@ def require_same_size(name: str, array: Buffer, other_name: str, other: Buffer) 
 
 def require_disjoint(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
     """Raise ValueError if two flat buffers in the same memory share some of it."""
-    if isinstance(array, DeviceBuffer) and isinstance(other, DeviceBuffer):
-        overlap = array.pointer < _end(other) and other.pointer < _end(array)
-    elif isinstance(array, DeviceBuffer) or isinstance(other, DeviceBuffer):
-        overlap = False  # one in each memory
-    else:
+    if type(array) is np.ndarray and type(other) is np.ndarray:
         overlap = np.may_share_memory(array, other)  # compares bounds: exact for contiguous arrays
+    elif isinstance(array, DeviceBuffer) and isinstance(other, DeviceBuffer):
+        overlap = array.pointer < _end(other) and other.pointer < _end(array)
+    else:
+        overlap = False  # one in each memory
     if overlap:
         raise ValueError(f"{name} must not overlap {other_name}; got buffers that share memory. Pass a copy.")
 

@@ -203,6 +203,8 @@ class Coefficients:
         Whether a step takes a pass over all gradients before, and is not taken where one is inf or NaN.
     clear : Clear or None
         Whether the gradients are set to zero.
+    is_plain : bool
+        Whether there is nothing but the rule, its decay and its direction, with a fixed learning rate.
 
     Raises
     ------
@@ -221,7 +223,7 @@ class Coefficients:
         self.dtype = dtype
 
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
-        self._set_lr(_lr_at(h.lr, 1) if callable(h.lr) else h.lr)
+        self.set_lr(_lr_at(h.lr, 1) if callable(h.lr) else h.lr)
         require_range("eps", h.eps, dtype)
         if h.weight_decay > 0 and self._decoupled is None:
             require_range("weight_decay", h.weight_decay, dtype)
@@ -240,12 +242,15 @@ class Coefficients:
             require_range("max_grad_value", h.max_grad_value, dtype, or_zero="")
             self._max_value, self._clips = rounded(h.max_grad_value), True
         self.clear = rules.Clear() if h.zero_grads else None
+        self.is_plain = not (
+            self._schedule or self._clips or h.skip_nonfinite or self.average or self.clear is not None
+        )
         self.types = KernelTypes.of(dtype, len(h.state), self.update(1), self.clear)
         self.scaled_types = self.types._replace(conditioning=rules.Conditioning)
         self.skips = h.skip_nonfinite
         self.reads_gradients_first = h.skip_nonfinite or h.max_grad_norm is not None
 
-    def _set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float) -> None:
         """Check a learning rate, and form what depends on nothing else."""
         require_range("lr", lr, self.dtype)
         require_range("lr / (1 - betas[0])", lr / (1 - self._betas[0]), self.dtype)
@@ -272,7 +277,7 @@ class Coefficients:
         # What the NamedTuple's constructor does, in half of its time.
         return tuple.__new__(self._rule, (step_size, *self._averaging, inv_bias_correction2, self._eps))
 
-    def update(self, step: int, *, grad_scale: float | None = None, clip_factor: float = 1.0) -> rules.Update:
+    def update(self, step: int, grad_scale: float | None = None, clip_factor: float = 1.0) -> rules.Update:
         """Return all coefficients of step number ``step``.
 
         Parameters
@@ -285,7 +290,7 @@ class Coefficients:
             What they are multiplied with, then.
         """
         if self._schedule is not None:
-            self._set_lr(_lr_at(self._schedule, step))
+            self.set_lr(_lr_at(self._schedule, step))
         conditioning: rules.Clipping | rules.Conditioning | None = None
         if grad_scale is not None:
             scale, factor = self._rounded(grad_scale), self._rounded(clip_factor)

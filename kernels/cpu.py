@@ -111,10 +111,10 @@ accumulate_serial, accumulate_parallel = jit(_make_accumulate), jit(_make_accumu
 
 def _loops(c: rules.Update, clear: rules.Clear | None) -> tuple[Any, Any, tuple[Any, ...]]:
     """Return the serial and the parallel loop for an update, and their arguments after the arrays."""
-    conditioning, direction, decay, rule, average = c
+    conditioning, *rest, average = c
     if conditioning is None and average is None and clear is None:
-        return serial, parallel, (direction, decay, rule)
-    return whole_serial, whole_parallel, (direction, decay, rule, conditioning, average, clear)
+        return serial, parallel, tuple(rest)
+    return whole_serial, whole_parallel, (*rest, conditioning, average, clear)
 
 
 def plan(
@@ -138,7 +138,10 @@ def plan(
     clear : Clear, optional
         Set the gradients to zero in the same pass.
     """
-    size, (one, many, rest) = params.size, _loops(c, clear)
+    size = params.size
+    if size < PARALLEL_FROM and c[0] is None and c[4] is None and clear is None:  # where each call counts
+        return partial(serial, params, grads, states, c[1], c[2], c[3])
+    one, many, rest = _loops(c, clear)
     if size < PARALLEL_FROM:
         return partial(one, params, grads, states, *rest)
     if threads.numba_is_safe():
