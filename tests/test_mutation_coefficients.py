@@ -57,8 +57,24 @@ def keeps_its_word(coefficients) -> bool:
     return decides(coefficients)
 
 
+ADDED = [
+    {"lr": abs},
+    {"max_grad_norm": 1.0},
+    {"max_grad_value": 1.0},
+    {"skip_nonfinite": True},
+    {"ema_decay": 0.5},
+    {"zero_grads": True},
+]
+"""What each makes a step more than a plain one."""
+
+
 def decides(coefficients) -> bool:
-    """Whether steps look at the gradients first where they must, and only there."""
+    """Whether steps are plain, and look at the gradients first, where they must, and only there."""
+    for flags in FLAGS:
+        for added in ({}, *ADDED):
+            h = Hyperparameters(**flags, **added)
+            if coefficients(h, np.dtype(np.float32)).is_plain is not (not added):
+                return False
     for skip, norm in itertools.product((False, True), (None, 1.0)):
         h = Hyperparameters(skip_nonfinite=skip, max_grad_norm=norm)
         c = coefficients(h, np.dtype(np.float32))
