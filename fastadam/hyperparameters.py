@@ -165,6 +165,10 @@ def require_range(name: str, value: float, dtype: Floating, or_zero: str = "0 or
         )
 
 
+_MASK = bias_correction.BLOCK - 1  # it is a power of two
+_BITS = _MASK.bit_length()
+
+
 @lru_cache(maxsize=16)
 def _inverse_corrections(beta: float, number: int, dtype: Floating) -> list[np.floating[Any]]:
     """Return ``1 / (1 - beta ** step)``, rounded, for a block of steps."""
@@ -266,7 +270,7 @@ class Coefficients:
 
     def rule(self, step: int) -> rules.Adam:
         """Return the rule's coefficients for step number ``step``, counted from 1."""
-        block, place = divmod(step, bias_correction.BLOCK)
+        block, place = step >> _BITS, step & _MASK
         if block != self._block:
             beta1, beta2 = self._betas
             self._corrections1 = _corrections(beta1, block)

@@ -56,7 +56,15 @@ def agrees_with_the_paper(update=rules.update, coefficients=Coefficients) -> boo
 class Mutator(ast.NodeTransformer):
     """Changes the ``target``-th place where something can be changed, and counts the places."""
 
-    SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}  # noqa: RUF012
+    SWAPS = {  # noqa: RUF012
+        ast.Add: ast.Sub,
+        ast.Sub: ast.Add,
+        ast.Mult: ast.Div,
+        ast.Div: ast.Mult,
+        ast.Pow: ast.Mult,
+        ast.RShift: ast.LShift,
+        ast.BitAnd: ast.BitOr,
+    }
     FLIPS = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Is: ast.IsNot}  # noqa: RUF012
     FIELDS = {  # noqa: RUF012
         **dict.fromkeys(rules.Adam._fields, "eps"),
