@@ -47,6 +47,9 @@ def keeps_its_word(coefficients) -> bool:
         weights += [] if average is None else [average.ema_decay + average.one_minus_ema_decay]
         if not np.allclose(weights, 1, rtol=0, atol=np.finfo(dtype).eps):
             return False
+        late = c.rule(2000).inv_bias_correction2  # of another block
+        if not np.isclose(late, 1 / (1 - h.betas[1] ** 2000)):
+            return False
         lr = h.lr(7) if callable(h.lr) else h.lr
         if coefficients(h, dtype).lr != (h.lr(1) if callable(h.lr) else h.lr):
             return False
