@@ -42,8 +42,8 @@ class Accumulator:
         """Add gradients that fit what is there, and set them to zero with ``clear``."""
         total = self.at(kernels, grads)
         if isinstance(grads, DeviceBuffer):
-            self.total = total._replace(stream=grads.stream or 0)
-            kernels.accumulate(self.total, grads, clear=clear)
+            kernels.accumulate(total, grads, clear=clear)
+            self.total = total._replace(stream=grads.stream or 0)  # where the next ones and the step follow
             self.calls += 1
         else:
             kernels.prepare_accumulate(total, grads, clear=clear)

@@ -231,7 +231,7 @@ class FusedAdam(Tunables):
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
         on_device = isinstance(params, DeviceBuffer)
         if on_device:
-            params, grads = streams.bind(params, grads, stream)  # type: ignore[arg-type]
+            params, grads = streams.bind(params, grads, stream, keep=bool(summed))  # type: ignore[arg-type]
         elif stream is not None:
             raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
 

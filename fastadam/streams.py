@@ -44,8 +44,12 @@ def handle(stream: Any) -> int:
     raise TypeError(f"stream must be a CUDA stream or its handle; got {type(stream).__name__}.")
 
 
-def bind(params: DeviceBuffer, grads: DeviceBuffer, stream: object) -> tuple[DeviceBuffer, DeviceBuffer]:
+def bind(
+    params: DeviceBuffer, grads: DeviceBuffer, stream: object, *, keep: bool = False
+) -> tuple[DeviceBuffer, DeviceBuffer]:
     """Return the buffers of a step, each with a stream: the one that is asked for, or else its owner's.
+
+    With ``keep`` the gradients keep theirs, whatever is asked for: a sum, that was formed on it.
 
     Raises
     ------
@@ -54,7 +58,7 @@ def bind(params: DeviceBuffer, grads: DeviceBuffer, stream: object) -> tuple[Dev
     """
     if stream is not None:
         asked = handle(stream)
-        return params._replace(stream=asked), grads._replace(stream=asked)
+        return params._replace(stream=asked), grads if keep else grads._replace(stream=asked)
     if params.stream is None:  # its owner works on none: follow the gradients
         params = params._replace(stream=grads.stream or 0)
     if grads.stream is None:

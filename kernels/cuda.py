@@ -172,13 +172,18 @@ class Cuda(ABC):
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
 
     def accumulate(self, total: DeviceBuffer, grads: DeviceBuffer, *, clear: bool) -> None:
-        """Queue on the stream of ``grads``: add them to ``total``, and set them to zero with ``clear``."""
+        """Queue on the stream of ``grads``: add them to ``total``, and set them to zero with ``clear``.
+
+        In order with what the stream of ``total`` holds.
+        """
         nothing = type(None)
         types = KernelTypes(total.dtype, 0, *[nothing] * 6)
         kernel = self.kernel("accumulate", types, total.device)
         blocks = grids.blocks(total.size, 0, total.dtype.itemsize, self.resident_threads(total.device))
         arguments = (total.pointer, grads.pointer, total.size, int(clear))
-        self.launch(kernel, blocks, grids.BLOCK, arguments, total.device, grads.stream or 0)
+        stream, device = grads.stream or 0, total.device
+        launch = partial(self.launch, kernel, blocks, grids.BLOCK, arguments, device, stream)
+        self.queue_between(stream, total.stream or 0, device, launch)
 
     def swap(self, one: DeviceBuffer, other: DeviceBuffer) -> None:
         """Queue the exchange of the contents of two buffers on the stream of the first, block by block."""

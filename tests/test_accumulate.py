@@ -70,6 +70,25 @@ def test_a_scale_in_device_memory(cupy, rng):
     assert_same(device, stepped(params, gradients, 2, scale=3.0))
 
 
+def test_sums_and_steps_on_different_streams_are_ordered(cupy):
+    first, second, third = (cupy.cuda.Stream() for _ in range(3))
+    opt, params = FusedAdam(), cupy.asarray(np.ones(9))
+    grads = cupy.asarray(np.ones(9))
+    opt.accumulate(grads, stream=first)
+    before = len(cupy.log)
+    opt.accumulate(grads, stream=second)
+    opt.step(params, stream=third)
+    queued = [(entry[0], *entry[2:]) for entry in cupy.log[before:] if entry[0] != "allocate"]
+    assert queued == [
+        ("wait", second.ptr, first.ptr),
+        ("accumulate", second.ptr, 1),
+        ("wait", first.ptr, second.ptr),
+        ("wait", third.ptr, second.ptr),
+        ("step", third.ptr, 1),
+        ("wait", second.ptr, third.ptr),
+    ]
+
+
 def test_gradients_are_cleared_when_they_are_added(cupy, rng):
     for put, get in ((np.array, np.asarray), (cupy.asarray, lambda array: array.host)):
         opt, grads = FusedAdam(zero_grads=True), put(np.ones(9))
