@@ -66,11 +66,8 @@ class Accumulator:
             return {}
         total: Any = self.total
         if isinstance(total, DeviceBuffer):
-            nbytes, offset = (
-                total.size * total.dtype.itemsize,
-                total.pointer - self._kernels.address(self._memory),
-            )
-            view = self._memory[offset : offset + nbytes].view(total.dtype)
+            start = total.pointer - self._kernels.address(self._memory)
+            view = self._memory[start : start + total.size * total.dtype.itemsize].view(total.dtype)
             return dict(zip(_KEYS, (self._kernels.to_host(view, total.device), self.calls), strict=True))
         return dict(zip(_KEYS, (total.copy(), self.calls), strict=True))
 

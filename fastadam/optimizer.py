@@ -262,7 +262,7 @@ class FusedAdam(Tunables):
             take()  # queued in a moment, or refused by CUDA: counted after
             self._state, self._kernels, self._last = state, kernels, c
             self._accumulator.calls = 0
-            state.advance()
+            state._step += 1  # a clock counts by itself
             if state._clock is not None:
                 self._last = (state._clock, state._clock.attempts - 1)
                 self._library = "" if stream is not None else device_buffers.library(flat_params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -11,6 +10,7 @@ import numpy as np
 
 from fastadam import buffers
 from fastadam.buffers import Buffer
+from fastadam.checks import count
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.grids import PACK
@@ -19,8 +19,6 @@ _CACHE_LINE = 64
 _STAGGER = 64 * 1024 + _CACHE_LINE
 """Bytes before and between large moments. Buffers of a power of two would share cache sets and memory banks:
 without the gap a step of 2**26 float32 elements can take twice as long (CONTRIBUTING.md)."""
-_STEPS = 2**53
-"""Steps from here on are no exact floats any more; a counter never gets there."""
 _SWAPPED = 2**16
 """Elements that are exchanged at a time: they stay in the cache."""
 _LARGE = 2**24
@@ -131,11 +129,7 @@ class State:
             If a key is missing or unknown, the step is no count, or a moment has another size or dtype.
         """
         require_keys(entries, ["step"])
-        step = plain(entries["step"])
-        if not isinstance(step, numbers.Integral) or isinstance(step, bool):
-            raise TypeError(f"state_dict['step'] must be an integer; got {type(step).__name__}.")
-        if not 0 <= int(step) < _STEPS:
-            raise ValueError(f"state_dict['step'] must be in [0, 2**53); got {step}.")
+        step = count("state_dict['step']", plain(entries["step"]), least=0)
         unknown = [key for key in entries if key not in {"step", *names}]
         if unknown:
             raise ValueError(f"state_dict must have no key {unknown[0]!r}.")
@@ -155,7 +149,7 @@ class State:
             buffers.require_in_cpu_memory(label, moment)
             buffers.require_same_size(label, moment, model_label, model)
 
-        state = cls(names, size, dtype, int(step))
+        state = cls(names, size, dtype, step)
         for array, moment in zip(state._views, moments, strict=True):
             array[...] = moment
         return state
@@ -171,10 +165,6 @@ class State:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._names, self.to_dict())
-
-    def advance(self) -> None:
-        """Count one more step; a clock on the device counts by itself."""
-        self._step += 1
 
     @property
     def step(self) -> int:

@@ -63,10 +63,15 @@ class KernelTypes(NamedTuple):
         conditioning, direction, decay, rule, average = map(type, c)
         return cls(dtype, n_states, conditioning, direction, decay, rule, average, type(clear))
 
+    @classmethod
+    def without_rule(cls, dtype: np.dtype[Any]) -> KernelTypes:
+        """Return the types for kernels that know no rule: one for all rules of a dtype."""
+        return cls(dtype, 0, *[type(None)] * 6)
+
     @property
     def of_clock(self) -> KernelTypes:
-        """The same for kernels that know no rule: one for all rules of a dtype."""
-        return KernelTypes(self.dtype, 0, *[type(None)] * 6)
+        """The types for the kernels of its clock."""
+        return self.without_rule(self.dtype)
 
     @property
     def parts(self) -> tuple[type, ...]:
@@ -176,9 +181,7 @@ class Cuda(ABC):
 
         In order with what the stream of ``total`` holds.
         """
-        nothing = type(None)
-        types = KernelTypes(total.dtype, 0, *[nothing] * 6)
-        kernel = self.kernel("accumulate", types, total.device)
+        kernel = self.kernel("accumulate", KernelTypes.without_rule(total.dtype), total.device)
         blocks = grids.blocks(total.size, 0, total.dtype.itemsize, self.resident_threads(total.device))
         arguments = (total.pointer, grads.pointer, total.size, int(clear))
         stream, device = grads.stream or 0, total.device
