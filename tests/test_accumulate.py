@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import numpy as np
 import pytest
+from checkpoints import WAYS, resume
 from cuda_steps import DTYPES, MODES, assert_same, problem
 from tolerances import assert_same_bits
 
@@ -111,22 +110,13 @@ def test_a_skipped_sum_is_dropped(rng):
     assert_same_bits(params, stepped(np.ones(9), [np.ones(9)], 1)[1])
 
 
-@pytest.mark.parametrize("how", ["state_dict", "npz", "pickle", "deepcopy"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_checkpoint_in_the_middle_of_a_sum(cupy, rng, how, on_device):
     params, gradients = problem(rng, 33, steps=4)
     put = cupy.asarray if on_device else np.array
     opt = accumulated(params, gradients[:3], 2, put=put)
-    if how in {"state_dict", "npz"}:
-        saved, file = opt[0].state_dict(), io.BytesIO()
-        if how == "npz":
-            np.savez(file, **saved)
-            file.seek(0)
-            saved = dict(np.load(file))
-        other = FusedAdam()
-        other.load_state_dict(saved)
-    else:
-        other = copy.deepcopy(opt[0]) if how == "deepcopy" else pickle.loads(pickle.dumps(opt[0]))
+    other = resume(opt[0], how, FusedAdam())
     for one in (other, copy.deepcopy(other)):
         rest = put(getattr(opt[1], "host", opt[1]))
         one.accumulate(put(gradients[3]))

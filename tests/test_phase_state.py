@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 
 import numpy as np
 import pytest
+from checkpoints import WAYS, resume
 from oracles import FLAGS
 from phase_cases import WHOLE, N, assert_same, gradients, stepped
 from tolerances import assert_same_bits
@@ -64,23 +63,7 @@ def test_swap_after_a_load(rng):
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
 
-def resume(opt, how):
-    if how == "pickle":
-        return pickle.loads(pickle.dumps(opt))
-    if how == "deepcopy":
-        return copy.deepcopy(opt)
-    entries = opt.state_dict()
-    if how == "npz":
-        file = io.BytesIO()
-        np.savez(file, **entries)
-        file.seek(0)
-        entries = np.load(file)
-    other = FusedAdam(lr=99.0, max_grad_norm=7.0, ema_decay=0.5)
-    other.load_state_dict(entries)
-    return other
-
-
-@pytest.mark.parametrize("how", ["state_dict", "npz", "pickle", "deepcopy"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_resume_is_bit_exact(rng, dtype, how, swapped):
@@ -92,7 +75,7 @@ def test_resume_is_bit_exact(rng, dtype, how, swapped):
     last = first.last_step
     if swapped:
         first.swap_ema(params)
-    second = resume(first, how)
+    second = resume(first, how, FusedAdam(lr=99.0, max_grad_norm=7.0, ema_decay=0.5))
     assert second.last_step == (last if how in ("pickle", "deepcopy") else None)
     if swapped:
         second.swap_ema(params)

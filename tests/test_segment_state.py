@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import sys
 
 import numpy as np
 import pytest
+from checkpoints import WAYS, resume
 from segment_steps import FEATURES, N, one_pass
 from tolerances import assert_same_bits
 
@@ -111,28 +109,12 @@ SEGMENTS = [
 ]
 
 
-def resumed(opt, how):
-    if how == "pickle":
-        return pickle.loads(pickle.dumps(opt))
-    if how == "deepcopy":
-        return copy.deepcopy(opt)
-    entries = opt.state_dict()
-    if how == "npz":
-        file = io.BytesIO()
-        np.savez(file, **entries)
-        file.seek(0)
-        entries = np.load(file)  # without pickle
-    other = FusedAdam(segments=[Segment(1, 2, frozen=True), SEGMENTS[0]])
-    other.load_state_dict(entries)
-    return other
-
-
-@pytest.mark.parametrize("how", ["state_dict", "npz", "pickle", "deepcopy"])
+@pytest.mark.parametrize("how", WAYS)
 def test_resume(rng, how):
     start, *gradients = rng.standard_normal((7, N)).astype(np.float32)
     expected = one_pass(start, gradients, SEGMENTS, weight_decay=0.1)[0]
     params, _, opt = one_pass(start, gradients[:3], SEGMENTS, weight_decay=0.1)
-    opt = resumed(opt, how)
+    opt = resume(opt, how, FusedAdam(segments=[Segment(1, 2, frozen=True), SEGMENTS[0]]))
     assert opt.segments == tuple(SEGMENTS)
     for grads in gradients[3:]:
         opt.step(params, grads)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import numpy as np
 import pytest
+from checkpoints import WAYS, resume
 from oracles import FLAGS, flags_id
 from tolerances import assert_same_bits
 
@@ -68,14 +68,14 @@ def test_moments_start_on_cache_lines_and_large_ones_apart(size):
         assert len(offsets) == 3  # not the same cache set
 
 
-@pytest.mark.parametrize("how", ["state_dict", "npz", "pickle", "deepcopy"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("flags", FLAGS, ids=flags_id)
 def test_resume_is_bit_exact(rng, flags, dtype, how):
     grads = gradients(rng, 9, dtype)
     whole, expected = stepped(grads, lr=0.01, betas=(0.8, 0.99), eps=1e-6, **flags)
     first, params = stepped(grads[:4], lr=0.01, betas=(0.8, 0.99), eps=1e-6, **flags)
-    second = resume(first, how)
+    second = resume(first, how, FusedAdam(lr=99.0, maximize=True))
     for g in grads[4:]:
         second.step(params, g)
     assert_same_bits(params, expected)
@@ -86,26 +86,10 @@ def test_resume_is_bit_exact(rng, flags, dtype, how):
     assert first.state.step == 4
 
 
-def resume(opt, how):
-    if how == "pickle":
-        return pickle.loads(pickle.dumps(opt))
-    if how == "deepcopy":
-        return copy.deepcopy(opt)
-    entries = opt.state_dict()
-    if how == "npz":
-        file = io.BytesIO()
-        np.savez(file, **entries)
-        file.seek(0)
-        entries = np.load(file)
-    other = FusedAdam(lr=99.0, maximize=True)
-    other.load_state_dict(entries)
-    return other
-
-
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_nothing_is_shared(rng, how):
     first, params = stepped(gradients(rng, 2))
-    second = resume(first, how)
+    second = resume(first, how, FusedAdam(lr=99.0, maximize=True))
     for a in first.state.arrays:
         for b in second.state.arrays:
             assert not np.may_share_memory(a, b)
