@@ -15,6 +15,7 @@ from fastadam.bias_correction import of_many
 from fastadam.checks import at_least_zero
 from fastadam.hyperparameters import Coefficients, Hyperparameters, outside, require_range
 from fastadam.kernels import rules
+from fastadam.kernels.run_chunks import RunChunks
 from fastadam.kernels.units import COLUMNS
 from fastadam.segments import Numbers, Segments
 
@@ -127,7 +128,7 @@ class Segmented:
         if self._norm is None:
             from fastadam.kernels.segment_norms import RunNorm
 
-            self._norm = RunNorm(self._units.runs)
+            self._norm = RunNorm(RunChunks(self._units))
         return int(self._norm.scratch_size)
 
     def measure(self, grads: Any, scratch: Any) -> tuple[float, int]:

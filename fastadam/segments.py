@@ -58,7 +58,7 @@ class Segment:
     gradient is clipped by its global norm, that is of the whole buffer. All segments share the step number:
     one that was frozen goes on with the bias corrections of the steps taken meanwhile. The global norm is the
     root of a float64 sum: where nothing is frozen the sum of the whole buffer, else the sums of the stretches
-    between frozen segments, added in order.
+    between frozen segments, summed likewise.
 
     Examples
     --------
@@ -154,7 +154,7 @@ class Segments:
         """
         if size != self._size:
             starts, stops = self._bounds.T
-            if stops[-1] > size:
+            if stops.size and stops[-1] > size:
                 raise ValueError(
                     f"segments[{self._order[-1]}].stop must be at most the size of flat_params ({size});"
                     f" got {stops[-1]}."

@@ -57,17 +57,20 @@ class Units:
         Elements of all units.
     runs : ndarray of int64, shape (k, 2)
         The longest stretches without a gap, ``(start, stop)`` each, in order.
+    whole : ndarray of int64, shape (m, 3)
+        The units as they were given.
     """
 
     def __init__(self, units: Integers) -> None:
         starts, stops = units[:, 0], units[:, 1]
+        self.whole = units
         self.total = int((stops - starts).sum())
         gap = starts[1:] != stops[:-1]  # behind each unit but the last
         ends = np.ones(len(units), bool)
         begins = ends.copy()
         begins[1:] = ends[:-1] = gap
         self.runs: Integers = np.stack([starts[begins], stops[ends]], axis=1)
-        self._units = _cut(units, (starts + (-starts % ALIGNMENT))[stops - starts >= ALIGN_FROM])
+        self._units = cut(units, (starts + (-starts % ALIGNMENT))[stops - starts >= ALIGN_FROM])
         self._shares: dict[int, Shares] = {}
 
     def shares(self, count: int) -> Shares:
@@ -77,7 +80,7 @@ class Units:
         return self._shares[count]
 
 
-def _cut(units: Integers, places: Integers) -> Integers:
+def cut(units: Integers, places: Integers) -> Integers:
     """Cut units at places, in order and none twice; those that lie inside of no unit change nothing."""
     if not len(units):
         return units
@@ -99,6 +102,6 @@ def _share(units: Integers, count: int) -> Shares:
     of = np.searchsorted(work, wanted)
     places = np.maximum(units[of, 1] - (work[of] - wanted), units[of, 0])
     places = np.unique(np.minimum(places + (-places % ALIGNMENT), units[of, 1]))
-    units = _cut(units, places)
+    units = cut(units, places)
     first = np.searchsorted(units[:, 0], places)
     return Shares(units, np.unique(np.concatenate([[0], first, [len(units)]])))

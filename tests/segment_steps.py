@@ -6,6 +6,7 @@ from math import sqrt
 
 import numpy as np
 from tolerances import assert_same_bits
+from trees import array_tree
 
 from fastadam import FusedAdam, schedules
 from fastadam.hyperparameters import Coefficients, Hyperparameters
@@ -60,11 +61,11 @@ def runs(segments, size):
 
 def norm(grads, segments):
     """The global norm, as documented."""
-    total = 0.0
+    sums = []
     for start, stop in runs(segments, grads.size):
         part = np.ascontiguousarray(grads[start:stop])
-        total += norms.measure(part, np.empty(norms.scratch_size(part.size)))[0]
-    return sqrt(total)
+        sums.append(norms.measure(part, np.empty(norms.scratch_size(part.size)))[0])
+    return sqrt(array_tree(sums))
 
 
 def one_pass(params, gradients, segments, scales=None, **hyperparameters):

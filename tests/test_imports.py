@@ -30,7 +30,7 @@ FLOORS = [
         "kernels.tree",
     },
     {"kernels.__init__", "kernels.chunks", "kernels.translation", "kernels.units"},
-    {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.threads"},
+    {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.run_chunks", "kernels.threads"},
     {"kernels.cuda_clock", "kernels.cuda_decide", "kernels.cuda_loop", "kernels.cuda_source"},
     {"kernels.norms"},
     {"kernels.cpu", "kernels.segment_norms"},

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from segment_steps import FEATURES, N, assert_one_pass_is_separate_steps, norm, one_pass
 from tolerances import assert_same_bits
+from trees import array_tree
 
 from fastadam import FusedAdam, Segment, schedules
 from fastadam.kernels import norms, segment_norms, threads
 from fastadam.kernels import segments as loops
+from fastadam.kernels.run_chunks import RunChunks
+from fastadam.kernels.units import Units
 
 every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -157,18 +160,24 @@ def test_norm_with_all_frozen():
     assert_same_bits(after, params)
 
 
-def test_chunks_of_runs():
-    """Counts of non-finite elements, by chunk, whether or not the sum overflows."""
+def test_the_norm_counts_by_chunks_of_runs():
+    """Non-finite elements, whether or not the sum overflows."""
     grads = np.ones(10_000)
     grads[[1, 5000, 5001, 9999]] = np.nan, np.inf, 1e200, -np.inf
-    pass_ = segment_norms.RunNorm(np.array([[0, 1], [2, 6000], [6001, 9999]]))
+    pass_ = segment_norms.RunNorm(chunks_of([[0, 1], [2, 6000], [6001, 9999]]))
     assert pass_.measure(grads, np.empty(pass_.scratch_size)) == (np.inf, 1)
 
 
-def test_sums_of_runs_are_added_in_order():
-    grads = np.array([2.0**26, 2.0**26, 9.0, 1.0, 9.0, 1.0])
-    pass_ = segment_norms.RunNorm(np.array([[0, 2], [3, 4], [5, 6]]))
-    assert pass_.measure(grads, np.empty(pass_.scratch_size)) == (2.0**53, 0)  # 2**53 + 1 is no float
+def chunks_of(runs):
+    return RunChunks(Units(np.array([[start, stop, 0] for start, stop in runs])))
+
+
+def test_sums_of_runs_are_summed_by_the_tree(rng):
+    runs = [[3 * k, 3 * k + 2] for k in range(2500)]
+    grads = rng.standard_normal(7500)
+    pass_ = segment_norms.RunNorm(chunks_of(runs))
+    expected = array_tree([array_tree(grads[a:b] ** 2) for a, b in runs])
+    assert pass_.measure(grads, np.empty(pass_.scratch_size)) == (expected, 0)
 
 
 # --- Frozen segments ----------------------------------------------------------------------------------------
