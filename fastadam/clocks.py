@@ -88,5 +88,6 @@ def done(clock: Clock, attempt: int) -> Done:
         report.lr,
         report.norm if looked else None,
         report.clip_factor,
-        skipped=bool(report.skipped),
+        bool(report.skipped),
+        int(report.nonfinite) if looked else None,
     )

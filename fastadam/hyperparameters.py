@@ -69,6 +69,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "skip_nonfinite": require_flag,
     "ema_decay": _ema_decay,
     "zero_grads": require_flag,
+    "telemetry": require_flag,
 }
 
 
@@ -105,6 +106,8 @@ class Hyperparameters:
         Of the average of the parameters, in [0, 1).
     zero_grads : bool
         Set the gradients to zero.
+    telemetry : bool
+        Report norms and counts of each step.
 
     Raises
     ------
@@ -126,6 +129,7 @@ class Hyperparameters:
     skip_nonfinite: bool = False
     ema_decay: float | None = None
     zero_grads: bool = False
+    telemetry: bool = False
 
     def __post_init__(self) -> None:
         for name in _CHECKS:

@@ -15,6 +15,10 @@ class Done(NamedTuple):
     grad_norm: float | None = None
     clip_factor: float = 1.0
     skipped: bool = False
+    nonfinite: int | None = None
+    update_norm: float | None = None
+    param_norm: float | None = None
+    vanished: int | None = None
 
 
 class LastStep:
@@ -59,6 +63,29 @@ class LastStep:
     def skipped(self) -> bool:
         """Whether no step was taken, for an element of the gradient was inf or NaN."""
         return self._done.skipped
+
+    @property
+    def nonfinite(self) -> int | None:
+        """Elements of the gradient as given that were inf or NaN; None where nothing asked for it."""
+        return self._done.nonfinite
+
+    @property
+    def update_norm(self) -> float | None:
+        """Norm of the difference that the step made to the parameters; None without telemetry, or skipped."""
+        return self._done.update_norm
+
+    @property
+    def param_norm(self) -> float | None:
+        """Norm of the parameters after the step; None without telemetry, or skipped."""
+        return self._done.param_norm
+
+    @property
+    def vanished(self) -> int | None:
+        """Elements that have a first moment but kept their value: their update rounded to nothing.
+
+        None without telemetry, or skipped. Elements with a learning rate of 0 do not count.
+        """
+        return self._done.vanished
 
     def __eq__(self, other: object) -> bool:
         return self._done == other._done if isinstance(other, LastStep) else NotImplemented

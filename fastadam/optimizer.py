@@ -68,6 +68,9 @@ class FusedAdam(Tunables):
         It starts with the parameters before the first step. See :meth:`swap_ema`.
     zero_grads : bool, default False
         Set the gradients to zero when a step has used them, or skipped them.
+    telemetry : bool, default False
+        Report of each step, too, the norms of the update and of the parameters, and how many elements of the
+        gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`).
     segments : iterable of Segment, default ()
         Parts of the buffer with hyperparameters of their own, which do not overlap: see
         :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
@@ -134,6 +137,7 @@ class FusedAdam(Tunables):
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
         zero_grads: bool = False,
+        telemetry: bool = False,
         segments: Iterable[Segment] = (),
         backend: str | None = None,
         capturable: bool = False,
@@ -151,6 +155,7 @@ class FusedAdam(Tunables):
             skip_nonfinite,
             ema_decay,
             zero_grads,
+            telemetry,
         )
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
@@ -554,8 +559,8 @@ class FusedAdam(Tunables):
         norm = rules.grad_norm(squares, 1.0 if scale is None else scale)
         factor, lr = c.clip_factor(norm), c.lr_of(step)
         if c.skips and nonfinite:
-            return Done(step - 1, lr, norm, factor, skipped=True), None, clear, types
-        return Done(step, lr, norm, factor), c.update(step, scale, factor), clear, types
+            return Done(step - 1, lr, norm, factor, True, nonfinite), None, clear, types
+        return Done(step, lr, norm, factor, False, nonfinite), c.update(step, scale, factor), clear, types
 
     def _with_segments(self, c: Coefficients, params: buffers.Buffer, state: State) -> Segmented:
         """Return what takes the place of the backend for the next step."""

@@ -93,6 +93,15 @@ class Tunables(ABC):
         self._change(zero_grads=value)
 
     @property
+    def telemetry(self) -> bool:
+        """Whether :attr:`FusedAdam.last_step` has norms and counts; set it between steps."""
+        return self._hyperparameters.telemetry
+
+    @telemetry.setter
+    def telemetry(self, value: bool) -> None:
+        self._change(telemetry=value)
+
+    @property
     def ema_decay(self) -> float | None:
         """Decay of the average of the parameters, or None."""
         return self._hyperparameters.ema_decay

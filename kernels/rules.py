@@ -227,6 +227,14 @@ def exponential_average(param: Scalar, average: Scalar, c: Average) -> Scalar:
     return moving_average(average, param, c.ema_decay, c.one_minus_ema_decay)
 
 
+# --- What became of it --------------------------------------------------------------------------------------
+
+
+def vanishes(before: Scalar, after: Scalar, exp_avg: Scalar, step_size: Scalar) -> bool:
+    """Whether there is an update, but so small a one that it rounds to nothing."""
+    return after == before if exp_avg != 0 and step_size != 0 else False
+
+
 # --- One element --------------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[type, Callable[..., Transformed]] = {

@@ -54,8 +54,8 @@ class RunChunks:
     def levels(self) -> Levels:
         """Tables of groups, ``(start, stop)`` each: a group is summed to one of the values of the next table.
 
-        The values of the first are the sums of the chunks; the last leaves one sum for each run. Empty where that is so
-        from the first, and for a single run, of which the plain tree makes one.
+        The values of the first are the sums of the chunks; the last leaves one sum for each run. Empty where
+        that is so from the first, and for a single run, of which the plain tree makes one.
         """
         levels, first = [], self.first_of_run
         while len(first) > 2 and np.diff(first).max() > 1:

@@ -95,7 +95,7 @@ def test_checkpoints_of_before_still_load(rng, flags, how):
     whole, expected = stepped(grads, **flags)
     first, params = stepped(grads[:3], **flags)
     saved = first.state_dict()
-    del saved["skip_nonfinite"], saved["zero_grads"]
+    del saved["skip_nonfinite"], saved["zero_grads"], saved["telemetry"]
     assert len(saved) == 7 + 1 + len(first.state.arrays)
     if how == "npz":
         file = io.BytesIO()
@@ -114,7 +114,7 @@ def test_contents_of_the_state_dict(rng):
     opt, _ = stepped(gradients(rng, 1), **WHOLE)
     assert list(opt.state_dict()) == [
         *["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"],
-        *["max_grad_norm", "max_grad_value", "skip_nonfinite", "ema_decay", "zero_grads"],
+        *["max_grad_norm", "max_grad_value", "skip_nonfinite", "ema_decay", "zero_grads", "telemetry"],
         *["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema"],
     ]
 

@@ -125,7 +125,8 @@ def test_contents_of_the_state_dict(rng):
     gradients = rng.standard_normal((2, N)).astype(np.float32)
     opt = one_pass(gradients[0], gradients, SEGMENTS)[2]
     entries = opt.state_dict()
-    assert list(entries)[7:] == ["skip_nonfinite", "zero_grads", "segments", "step", "exp_avg", "exp_avg_sq"]
+    flags = ["skip_nonfinite", "zero_grads", "telemetry"]
+    assert list(entries)[7:] == [*flags, "segments", "step", "exp_avg", "exp_avg_sq"]
     nan = np.nan
     expected = [
         [30, 40, SEGMENTS[0].lr(2), nan, 0.5, 0.6, nan, 0],

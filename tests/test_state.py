@@ -155,7 +155,7 @@ def replaced(**values):
 
 HYPERPARAMETERS = [
     *["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"],
-    *["skip_nonfinite", "zero_grads"],
+    *["skip_nonfinite", "zero_grads", "telemetry"],
 ]
 """Those that are never None."""
 
