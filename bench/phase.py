@@ -1,7 +1,7 @@
 """``python -m bench.phase``: clip, step, average and clear, beside PyTorch's calls and the memory roofline.
 
-Three comparisons: the whole phase; the pass over the gradients that it begins with; and, for context, a step
-with nothing asked for (``bench.compare`` has more of that).
+The whole phase; the pass over the gradients that it begins with; what 10,000 segments and what telemetry add
+to a step; and, for context, a step with nothing asked for (``bench.compare`` has more of that).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bench.contest import Contest, add_rows, measure, new_table
 from bench.environment import Result
 from bench.peers import PEERS
 from bench.phase_peers import NORM, PHASE
+from bench.segment_peers import SEGMENTS, TELEMETRY
 from bench.units import format_size, parse_size
 
 SIZES = ("1Ki", "1Mi", "32Mi")
@@ -30,6 +31,8 @@ CONTESTS = {
         {("torch", 2**25): 0.55, ("roofline", 2**25): 1.08},
     ),
     "norm alone": Contest(NORM, phase_oracle.check_norm, phase_roofline.bytes_read, {("torch", 2**25): 0.55}),
+    "segments": Contest(SEGMENTS, oracle.check_update, roofline.bytes_moved, {("plain", 2**25): 1.10}),
+    "telemetry": Contest(TELEMETRY, oracle.check_update, roofline.bytes_moved, {("plain", 2**25): 1.10}),
     "plain step": Contest(
         {name: PEERS[name] for name in ("fastadam", "roofline", "torch")},
         oracle.check_update,
