@@ -445,12 +445,12 @@ class FusedAdam(Tunables):
         """Whether the step counter and the learning rate are kept in GPU memory."""
         return self._capturable
 
-    def swap_ema(self, flat_params: object) -> None:
+    def swap_ema(self, flat_params: object, *, stream: object = None) -> None:
         """Exchange the parameters and their average, in place: for an evaluation, and back after it.
 
         Parameters
         ----------
-        flat_params : array_like
+        flat_params, stream
             As for :meth:`step`.
 
         Raises
@@ -460,13 +460,20 @@ class FusedAdam(Tunables):
             before the first step.
         """
         params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
-        state = self._state
-        if state.param_ema is None:
+        if self._state.param_ema is None:
             raise ValueError(
                 "swap_ema must come after a step with ema_decay; got no average of the parameters."
             )
+        if isinstance(params, DeviceBuffer):
+            params, _ = streams.bind(params, params, stream)
+        elif stream is not None:
+            raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
+        state, kernels = self._state, self._kernels
+        if kernels is None:  # the first call after load_state_dict
+            kernels, state = self._begin(params, params)
         buffers.require_same_layout("flat_params", params, "the state", state._arrays[-1])
         buffers.require_disjoint("flat_params", params, "the state", state._block)
+        self._state, self._kernels = state, kernels
         state.swap_last(params)
 
     @property

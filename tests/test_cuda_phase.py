@@ -6,7 +6,7 @@ import copy
 
 import numpy as np
 import pytest
-from cuda_steps import DTYPES, Exported, assert_refused, assert_same, ones, problem
+from cuda_steps import DTYPES, Exported, assert_refused, assert_same, on_cpu, ones, problem
 
 from fastadam import FusedAdam, schedules
 from fastadam.kernels.cuda_clock import REPORTS
@@ -164,6 +164,30 @@ def test_swap_ema(cupy, rng):
         for opt, buffer in (device, cpu):
             opt.swap_ema(buffer)
         assert_same(device, cpu)
+
+
+def test_swap_ema_of_a_checkpoint(cupy, rng):
+    """An evaluation on a GPU needs no step there; and one may go on after it."""
+    params, gradients = problem(rng, 65)
+    (cpu, expected) = on_cpu(params, gradients, ema_decay=0.5)
+    opt, buffer = FusedAdam(), cupy.asarray(expected)
+    opt.load_state_dict(cpu.state_dict())
+    for _ in range(2):
+        opt.swap_ema(buffer)
+        cpu.swap_ema(expected)
+        assert_same((opt, buffer), (cpu, expected))
+    opt.step(buffer, cupy.asarray(gradients[0]))
+    cpu.step(expected, gradients[0])
+    assert_same((opt, buffer), (cpu, expected))
+
+
+def test_swap_ema_on_a_stream(cupy):
+    opt, params = FusedAdam(ema_decay=0.5), ones(cupy)
+    opt.step(params, ones(cupy))
+    before, stream = len(cupy.log), cupy.cuda.Stream()
+    opt.swap_ema(params, stream=stream)
+    copies = [entry for entry in cupy.log[before:] if entry[0] == "copy"]
+    assert [entry[2] for entry in copies] == [stream.ptr] * 3
 
 
 def test_what_the_last_step_did_is_read_when_asked(cupy, rng):

@@ -255,6 +255,12 @@ def test_bad_swap(case):
     assert_changes_nothing(opt, [params], error, message, lambda: opt.swap_ema(params))
 
 
+def test_swap_on_a_stream_in_cpu_memory():
+    opt, params = swappable(), f32()
+    message = "stream must be None for buffers in CPU memory; got a stream."
+    assert_changes_nothing(opt, [params], TypeError, message, lambda: opt.swap_ema(params, stream=1))
+
+
 @pytest.mark.parametrize("moment", ["param_ema", "exp_avg"])
 def test_swap_with_the_state_itself(moment):
     opt = swappable()
