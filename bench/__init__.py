@@ -9,6 +9,7 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 - ``python -m bench.startup``: import and first step, in new processes;
 - ``python -m bench.memory``: what a step allocates;
 - ``python -m bench.gpu_compare``: a step on a GPU beside peers, a copy and the roofline;
+- ``python -m bench.gpu_phase``: clip by norm, step, average and clear on a GPU, beside PyTorch's calls;
 - ``python -m bench.gpu_launch``: a step on a GPU by launch, which sets the constants of ``kernels/grids.py``;
 - ``python -m bench.report``: the tables of the README, from ``bench/results``;
 - ``pytest bench``: a pytest-benchmark suite, to compare two versions of fastadam, with a GPU on that too.
@@ -17,6 +18,6 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 
 Below them: ``harness`` (clocks), ``contest`` (comparisons), ``peers`` and ``phase_peers`` (contenders),
 ``oracle`` and ``phase_oracle`` (correctness before every timing), ``roofline`` and ``phase_roofline`` (the
-time that the memory traffic takes); for a GPU ``gpu_timer``, ``gpu_peers``, ``gpu_measure`` and
-``gpu_references``.
+time that the memory traffic takes); for a GPU ``gpu_timer``, ``gpu_contest``, ``gpu_measure``,
+``gpu_program``, ``gpu_peers`` and ``gpu_references``, ``gpu_phase_peers`` and ``gpu_phase_references``.
 """

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import environment, gpu, gpu_compare, gpu_measure, gpu_report, harness
+from bench import environment, gpu, gpu_contest, gpu_measure, gpu_program, gpu_report, harness
 from bench.environment import Result
 from bench.gpu_buffers import Buffers
 from bench.gpu_peers import PEERS
@@ -80,7 +80,7 @@ def measure(
         for launch in fitting:
             use(*launch)
             running = peer.start(buffers)
-            gpu_measure.check(peer, running, buffers)
+            gpu_contest.check_step(peer, running, buffers)
             tasks[label(*launch)] = harness.Task(running.step, before=partial(use, *launch))
         buffers.restore()
         times = harness.interleave(tasks, rounds=rounds, blocks=gpu_measure.BLOCKS, timer=timer)
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{format_size(size)}: fastest with {label(best['block'], best['waves'])}")
     result: Result = {
         "kind": "gpu_launch",
-        "environment": gpu_compare.facts(device),
+        "environment": gpu_program.facts(device),
         "rounds": options.rounds,
         "chosen": label(grids.BLOCK, grids.WAVES),
         "rows": rows,

@@ -10,19 +10,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from bench import gpu, harness, oracle
+from bench import gpu_contest, harness
 from bench.gpu import Device
 from bench.gpu_buffers import Buffers, Running
-from bench.gpu_peers import ON_TENSORS, PEERS, Peer
+from bench.gpu_contest import Contest
+from bench.gpu_peers import ON_TENSORS
 from bench.gpu_timer import EventTimer
 from bench.harness import Quartiles
 from bench.units import format_bytes
-from fastadam import FusedAdam
 
 SIZES = tuple(2**exponent for exponent in (10, 14, 17, 20, 23, 26, 28, 30))
 ROUNDS = 30
@@ -56,6 +54,8 @@ class Measured:
         Contender -> the share of its calls in which the device may have waited for the host.
     left_out, failed : dict
         Contender -> why it was not started, or how it failed.
+    contest : Contest
+        Of whom.
     """
 
     size: int
@@ -64,6 +64,7 @@ class Measured:
     late: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    contest: Contest = field(default_factory=gpu_contest.of_step)
 
     def speed(self, name: str, *, over: str) -> Quartiles | None:
         """Return the bandwidth of one contender over that of another, or None where that was not timed."""
@@ -78,11 +79,12 @@ class Measured:
 
     def _row(self, name: str) -> dict[str, Any]:
         seconds, moved = Quartiles.of(self.times.seconds[name]), self.moved[name]
-        speeds = {over: self.speed(name, over=over) for over in ("copy", "same_traffic", "torch_fused")}
+        speeds = {over: self.speed(name, over=over) for over in self.contest.references}
         return {
+            "work": self.contest.work,
             "size": self.size,
             "peer": name,
-            "label": PEERS[name].label,
+            "label": self.contest.peers[name].label,
             "rounds": len(self.times.seconds[name]),
             "seconds": seconds._asdict(),
             "bytes": moved,
@@ -92,12 +94,12 @@ class Measured:
         }
 
 
-def plan(names: Iterable[str], size: int, free: int) -> tuple[list[str], dict[str, str]]:
+def plan(contest: Contest, names: Iterable[str], size: int, free: int) -> tuple[list[str], dict[str, str]]:
     """Return the contenders that fit beside each other, in their order, and why the others are left out."""
-    room = free - _SPARE - 8 * size  # parameters and gradients are shared
+    room = free - _SPARE - Buffers.needs(size, refilled=contest.clears)
     chosen, left_out = [], {}
     for name in names:
-        needs, absent = PEERS[name].needs(size), PEERS[name].missing()
+        needs, absent = contest.peers[name].needs(size), contest.peers[name].missing()
         if absent is not None:
             left_out[name] = absent
         elif needs > room:
@@ -108,41 +110,17 @@ def plan(names: Iterable[str], size: int, free: int) -> tuple[list[str], dict[st
     return chosen, left_out
 
 
-@cache
-def _cpu_bits(size: int) -> tuple[oracle.Array, ...]:
-    """Return parameters and moments after the steps of the check, by the CPU backend."""
-    params, grads = oracle.inputs(size, np.float32)
-    optimizer = FusedAdam(oracle.LR, oracle.BETAS, oracle.EPS)
-    for factor in oracle.GRAD_FACTORS:
-        optimizer.step(params, grads * np.float32(factor))
-    return params, optimizer.state.exp_avg, optimizer.state.exp_avg_sq
-
-
-def check(peer: Peer, running: Running, buffers: Buffers) -> None:
-    """Take three steps: all of fastadam's bits must be the CPU's, a peer's update within a tolerance.
-
-    Raises
-    ------
-    WrongUpdateError
-        If not.
-    """
-    buffers.restore()
-    oracle.check_update(peer.label, running.contender(buffers), buffers.host_params, buffers.host_grads)
-    if running.moments is None:
-        return
-    found = (buffers.params, *running.moments())
-    for array, expected in zip(found, _cpu_bits(buffers.host_params.size), strict=True):
-        if not gpu.same_bits(buffers.device, array, expected):
-            raise oracle.WrongUpdateError(f"{peer.label} must have the bits of the CPU; it has not.")
-
-
-def _start(peer: Peer, buffers: Buffers) -> Running | str:
+def _start(contest: Contest, name: str, buffers: Buffers) -> Running | str:
     """Return a checked and warm contender, or how it failed: the others are measured all the same."""
+    peer = contest.peers[name]
     try:
+        buffers.restore()  # an average begins with what it finds
         running = peer.start(buffers)
         if peer.is_adam:
-            check(peer, running, buffers)
+            contest.check(peer, running, buffers)
         for _ in range(WARM_UPS):
+            if buffers.before is not None:
+                buffers.before()
             running.step()
         buffers.device.synchronize()
     except Exception as error:
@@ -152,8 +130,10 @@ def _start(peer: Peer, buffers: Buffers) -> Running | str:
     return running
 
 
-def _start_all(peers: dict[str, Peer], buffers: Buffers) -> tuple[dict[str, Running], dict[str, str]]:
-    started = {name: _start(peer, buffers) for name, peer in peers.items()}
+def _start_all(
+    contest: Contest, names: Iterable[str], buffers: Buffers
+) -> tuple[dict[str, Running], dict[str, str]]:
+    started = {name: _start(contest, name, buffers) for name in names}
     buffers.restore()
     running = {name: it for name, it in started.items() if isinstance(it, Running)}
     return running, {name: it for name, it in started.items() if isinstance(it, str)}
@@ -162,8 +142,9 @@ def _start_all(peers: dict[str, Peer], buffers: Buffers) -> tuple[dict[str, Runn
 def measure(
     timer: EventTimer,
     size: int,
-    names: Sequence[str] = tuple(PEERS),
+    names: Sequence[str] | None = None,
     *,
+    contest: Contest | None = None,
     rounds: int = ROUNDS,
     deadline: float = math.inf,
 ) -> Measured:
@@ -176,20 +157,22 @@ def measure(
     size : int
         Elements.
     names : sequence of str
-        Contenders; those that are not installed or do not fit are left out.
+        Contenders, by default all; those that are not installed or do not fit are left out.
+    contest : Contest, optional
+        Of whom; by default that of steps.
     rounds : int
         Blocks of each.
     deadline : float
         Of ``time.monotonic``; from then on no further rounds, once there are some.
     """
-    device = timer.device
+    device, contest = timer.device, contest or gpu_contest.of_step()
     device.release()
-    chosen, left_out = plan(names, size, device.free_bytes())
+    chosen, left_out = plan(contest, contest.peers if names is None else names, size, device.free_bytes())
     if not chosen:
-        return Measured(size, harness.Measurement({}), {}, {}, left_out)
-    buffers = Buffers.new(device, size)
-    running, failed = _start_all({name: PEERS[name] for name in chosen}, buffers)
-    tasks = {name: harness.Task(it.step) for name, it in running.items()}
+        return Measured(size, harness.Measurement({}), {}, {}, left_out, contest=contest)
+    buffers = Buffers.new(device, size, refilled=contest.clears)
+    running, failed = _start_all(contest, chosen, buffers)
+    tasks = {name: harness.Task(it.step, buffers.before) for name, it in running.items()}
     parts: list[harness.Measurement] = []
     timer.late.clear()
     taken = 0
@@ -201,7 +184,7 @@ def measure(
     calls = taken * (BLOCKS.min_warm_calls + BLOCKS.min_timed_calls)
     late = {name: timer.late[it.step] / calls for name, it in running.items()}
     timer.late.clear()  # its keys keep the contenders and their memory
-    return Measured(size, harness.Measurement.pooled(parts), moved, late, left_out, failed)
+    return Measured(size, harness.Measurement.pooled(parts), moved, late, left_out, failed, contest)
 
 
 def _repeat(step: Callable[[], object]) -> None:
@@ -214,12 +197,13 @@ def host_cost(device: Device, *, rounds: int = 15) -> tuple[harness.Measurement,
 
     Calls follow each other without waiting for the device, which has next to nothing to do.
     """
+    contest = gpu_contest.of_step()
     peers = {
         name: peer
-        for name, peer in {**PEERS, **ON_TENSORS}.items()
+        for name, peer in {**contest.peers, **ON_TENSORS}.items()
         if peer.is_adam and peer.missing() is None
     }
-    running, failed = _start_all(peers, Buffers.new(device, HOST_SIZE))
+    running, failed = _start_all(contest._replace(peers=peers), peers, Buffers.new(device, HOST_SIZE))
     tasks = {
         name: harness.Task(partial(_repeat, it.step), before=device.synchronize)
         for name, it in running.items()

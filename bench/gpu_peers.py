@@ -7,7 +7,6 @@ each library's own. A captured graph is one step, replayed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +14,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from bench import gpu_references
+from bench import gpu_graphs, gpu_references
 from bench.gpu_buffers import Buffers, Running
 from bench.oracle import BETAS, EPS, LR
 from fastadam import FusedAdam
-
-
-def _traffic(buffers: Buffers) -> int:
-    return 28 * len(buffers.params)
 
 
 def _start_fastadam(
@@ -35,77 +30,33 @@ def _start_fastadam(
     optimizer = FusedAdam(LR, BETAS, EPS, backend=backend, capturable=graph)
     step: Callable[[], object] = partial(optimizer.step, wrapped(buffers.params), wrapped(buffers.grads))
     if graph:
-        step = _captured_by_cupy(step) if buffers.device.library == "cupy" else _captured_by_torch(step)
-
-    def moments() -> tuple[Any, Any]:
-        state, adopt = optimizer.state, buffers.device.adopt
-        return adopt(state.exp_avg), adopt(state.exp_avg_sq)
-
-    return Running(step, _traffic(buffers), moments)
+        step = gpu_graphs.captured(step, buffers.device.library)
+    return Running(step, 28 * len(buffers.params), partial(moments, optimizer, buffers))
 
 
-def _numba_array(array: Any) -> Any:
+def moments(optimizer: FusedAdam, buffers: Buffers) -> tuple[Any, ...]:
+    """Return the moments of an optimizer, and its average, as arrays of the device's library."""
+    return tuple(map(buffers.device.adopt, optimizer.state.moments.values()))
+
+
+def numba_array(array: Any) -> Any:
+    """Return a view of Numba's."""
     return import_module("numba.cuda").as_cuda_array(array)
 
 
 def _start_torch(buffers: Buffers, *, graph: bool = False, **options: bool) -> Running:
     torch = import_module("torch")
-    param = torch.nn.Parameter(_tensor(buffers.params))
-    param.grad = _tensor(buffers.grads)
+    param = torch.nn.Parameter(tensor(buffers.params))
+    param.grad = tensor(buffers.grads)
     optimizer = torch.optim.Adam([param], LR, BETAS, EPS, capturable=graph, **options)
-    step = _captured_by_torch(optimizer.step) if graph else optimizer.step
-    return Running(step, _traffic(buffers))
+    step = gpu_graphs.by_torch(optimizer.step) if graph else optimizer.step
+    return Running(step, 28 * len(buffers.params))
 
 
-def _tensor(array: Any) -> Any:
+def tensor(array: Any) -> Any:
+    """Return a view of PyTorch's."""
     torch = import_module("torch")
     return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
-
-
-def _captured_by_cupy(step: Callable[[], object]) -> Callable[[], None]:
-    """Return a call that takes a step and captures another one, and from then on replays it."""
-    cupy = import_module("cupy")
-    stream, graph = cupy.cuda.Stream(non_blocking=True), None
-
-    def call() -> None:
-        nonlocal graph
-        if graph is not None:
-            graph.launch()
-            return
-        cupy.cuda.runtime.deviceSynchronize()  # the stream does not wait for the default stream
-        with stream:
-            step()
-            stream.synchronize()
-            stream.begin_capture()
-            try:
-                step()
-            finally:  # a capture that is left open breaks every contender after it
-                captured = stream.end_capture()
-        graph = captured
-
-    return call
-
-
-def _captured_by_torch(step: Callable[[], object]) -> Callable[[], None]:
-    """Return a call that takes a step and captures another one, and from then on replays it."""
-    torch = import_module("torch")
-    graph = None
-
-    def call() -> None:
-        nonlocal graph
-        if graph is not None:
-            graph.replay()
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # PyTorch's, of this step
-            step()
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            step()
-        graph = captured
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -132,6 +83,11 @@ class Peer:
     needs: Callable[[int], int] = lambda size: 8 * size
     is_adam: bool = True
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether all its bits are promised."""
+        return self.label.startswith("fastadam")
+
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
         absent = [module for module in self.modules if find_spec(module) is None]
@@ -151,7 +107,7 @@ PEERS: dict[str, Peer] = {
     ),
     "numba": Peer(
         "fastadam Numba",
-        partial(_start_fastadam, backend="numba-cuda", wrapped=_numba_array),
+        partial(_start_fastadam, backend="numba-cuda", wrapped=numba_array),
         ("numba_cuda",),
     ),
     "numba_graph": Peer(
@@ -168,7 +124,7 @@ PEERS: dict[str, Peer] = {
 
 ON_TENSORS = {
     "tensors": Peer(
-        "fastadam on torch tensors", partial(_start_fastadam, backend=None, wrapped=_tensor), ("torch",)
+        "fastadam on torch tensors", partial(_start_fastadam, backend=None, wrapped=tensor), ("torch",)
     )
 }
 """On the device it is one of those above; the host has more to do."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import count
-from typing import Any
 
 import numpy as np
 
 from bench import gpu
 from bench.gpu_buffers import Buffers, Running
 from bench.gpu_timer import EventTimer
+from bench.harness import Before, Timer
 from bench.oracle import BETAS, EPS, LR, WrongUpdateError
 
 MOST_COPIED = 2**31
@@ -22,11 +22,15 @@ LAUNCHES = ((256, None), (512, None), (1024, None), (256, 8), (512, 4), (1024, 2
 """Of the same-traffic kernel: threads of a block, and blocks in multiples of what the device holds at once,
 None for one pack per thread. The fastest is the reference, so that no launch flatters a step."""
 
-_SAME_TRAFFIC = """
+SUM = """
 static __device__ float4 sum(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
+"""
 
+_SAME_TRAFFIC = (
+    SUM
+    + """
 extern "C" __global__ void same_traffic(float* p, const float* g, float* m, float* v, long long n) {
     const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long threads = (long long)gridDim.x * blockDim.x;
@@ -44,6 +48,7 @@ extern "C" __global__ void same_traffic(float* p, const float* g, float* m, floa
     }
 }
 """
+)
 
 _ELEMENTWISE = """
 exp_avg += one_minus_beta1 * (grad - exp_avg);
@@ -63,9 +68,7 @@ def start_same_traffic(buffers: Buffers) -> Running:
     for moment in moments:
         gpu.fill(moment, device.upload(buffers.host_params))
     arguments = (buffers.params, buffers.grads, *moments, np.int64(size))
-    facts = device.facts()
-    resident = facts["multiprocessors"] * 2048  # threads; what a launch means, not what it may hold
-    calls = [partial(kernel, *_launch(size, block, waves, resident), arguments) for block, waves in LAUNCHES]
+    calls = [partial(kernel, *launch, arguments) for launch in launches(device, size)]
 
     buffers.restore()
     calls[0]()
@@ -75,16 +78,23 @@ def start_same_traffic(buffers: Buffers) -> Running:
     return Running(fastest(calls, EventTimer(device)), 28 * size)
 
 
-def _launch(size: int, block: int, waves: int | None, resident: int) -> tuple[tuple[int], tuple[int]]:
-    blocks = max(1, -(-(size // 4) // block))
-    return (blocks if waves is None else min(blocks, waves * resident // block),), (block,)
+def launches(device: gpu.Device, size: int) -> list[tuple[tuple[int], tuple[int]]]:
+    """Return the grid and the block of each of :data:`LAUNCHES`."""
+    resident = device.facts()["multiprocessors"] * 2048  # threads; what a launch means, not what it may hold
+    found = []
+    for block, waves in LAUNCHES:
+        blocks = max(1, -(-(size // 4) // block))
+        found.append(((blocks if waves is None else min(blocks, waves * resident // block),), (block,)))
+    return found
 
 
-def fastest(calls: list[Callable[[], object]], timer: Callable[[Callable[[], object]], float]) -> Any:
+def fastest(
+    calls: Sequence[Callable[[], object]], timer: Timer, before: Before = None
+) -> Callable[[], object]:
     """Return the call of the least median time, in turns."""
     for call in calls:
-        timer(call)
-    times = np.array([[timer(call) for call in calls] for _ in range(7)])
+        timer(call, before)
+    times = np.array([[timer(call, before) for call in calls] for _ in range(7)])
     return calls[int(np.argmin(np.median(times, axis=0)))]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ _WIDE_FROM = 2**20
 
 _MANY = 0.1
 """The share of calls from which the host may be in a time."""
+
+_PHASE_REFERENCES = {
+    "whole phase": (("two_passes", "two passes"), ("torch", "torch")),
+    "norm alone": (("one_read", "one read"), ("torch", "torch")),
+}
+"""Work -> contenders, and what they are called beside a share of their bandwidth."""
 
 
 def _by_label(
@@ -35,9 +42,9 @@ def _time(row: dict[str, Any]) -> str:
     return format_time(row["seconds"]["median"]) + waited
 
 
-def _bandwidth(row: dict[str, Any]) -> str:
+def _bandwidth(references: tuple[str, ...], row: dict[str, Any]) -> str:
     over = row["speed_over"]
-    percents = [f"{100 * over[name]['median']:.0f} %" for name in ("copy", "same_traffic") if name in over]
+    percents = [f"{100 * over[name]['median']:.0f} %" for name in references if name in over]
     return (
         f"{row['gb_per_second']:.0f} ({', '.join(percents)})" if percents else f"{row['gb_per_second']:.0f}"
     )
@@ -47,7 +54,7 @@ def _measured(value: Any) -> str:
     return tables.quartiles(value, 3) if isinstance(value, dict) else str(value)
 
 
-def _targets(result: Result) -> str:
+def _targets(targets: list[dict[str, Any]]) -> str:
     rows = (
         [
             row["promise"],
@@ -55,7 +62,7 @@ def _targets(result: Result) -> str:
             _measured(row["measured"]),
             "met" if row["met"] else "**missed**",
         ]
-        for row in result["targets"]
+        for row in targets
     )
     return tables.table(["fastadam CuPy, eager", "at least", "measured", ""], rows)
 
@@ -72,33 +79,53 @@ def _host(result: Result) -> str:
 
 def _absent(result: Result) -> str:
     """Say what was not measured, and why, and what is no device time."""
+    several = len({at["work"] for at in result["sizes"]}) > 1
     lines = [
-        f"{format_size(at['size'])}: {name}: {reason}"
+        f"{at['work'] + ', ' if several else ''}{format_size(at['size'])}: {name}: {reason}"
         for at in result["sizes"]
         for name, reason in {**at["left_out"], **at["failed"]}.items()
     ]
-    lines += [f"host: {name}: {reason}" for name, reason in result["host_failed"].items()]
+    lines += [f"host: {name}: {reason}" for name, reason in result.get("host_failed", {}).items()]
     lines += [f"{format_size(size)}: out of time" for size in result["sizes_left_out"]]
     text = "".join(f"- not measured: {line}\n" for line in lines)
     waited = any(row["late_share"] > _MANY for row in result["rows"])
     return text + ("- \\*: the device waited for the host, whose time is in this one\n" if waited else "")
 
 
-def gpu(result: Result) -> str:
-    """Return device times, bandwidths, host times and targets."""
-    rows = result["rows"]
+def _device(rows: list[dict[str, Any]], heading: str, speeds: str, references: tuple[str, ...]) -> list[str]:
+    """Return device times, and bandwidths with their shares of those of references."""
     sizes = sorted({row["size"] for row in rows})
     wide = [size for size in sizes if size >= _WIDE_FROM]
+    bandwidth = partial(_bandwidth, references)
+    return [
+        tables.table([heading, *map(format_size, sizes)], _by_label(rows, sizes, _time)),
+        tables.table([speeds, *map(format_size, wide)], _by_label(rows, wide, bandwidth)),
+    ]
+
+
+def gpu(result: Result) -> str:
+    """Return device times, bandwidths, host times and targets."""
+    speeds, references = "GB/s (of copy, of same traffic)", ("copy", "same_traffic")
     parts = [
-        tables.table(["device, float32", *map(format_size, sizes)], _by_label(rows, sizes, _time)),
-        tables.table(
-            ["GB/s (of copy, of same traffic)", *map(format_size, wide)], _by_label(rows, wide, _bandwidth)
-        ),
+        *_device(result["rows"], "device, float32", speeds, references),
         _host(result),
-        _targets(result),
+        _targets(result["targets"]),
         _absent(result),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def phase(result: Result) -> str:
+    """Return device times, bandwidths and targets of each work."""
+    parts = []
+    for work in dict.fromkeys(at["work"] for at in result["sizes"]):
+        rows = [row for row in result["rows"] if row["work"] == work]
+        targets = [row for row in result["targets"] if row["work"] == work]
+        speeds = f"{work}, GB/s (of {', of '.join(label for _, label in _PHASE_REFERENCES[work])})"
+        references = tuple(name for name, _ in _PHASE_REFERENCES[work])
+        parts += _device(rows, f"{work}, {result['dtype']}", speeds, references)
+        parts.append(_targets(targets) if targets else "")
+    return "\n".join(part for part in (*parts, _absent(result)) if part)
 
 
 def launch(result: Result) -> str:
@@ -115,7 +142,7 @@ def launch(result: Result) -> str:
     return tables.table(["step", "waves", "time", f"speed over {result['chosen']}"], rows)
 
 
-RENDERERS: dict[str, Callable[[Result], str]] = {"gpu": gpu, "gpu_launch": launch}
+RENDERERS: dict[str, Callable[[Result], str]] = {"gpu": gpu, "gpu_phase": phase, "gpu_launch": launch}
 
 
 def main(paths: list[str]) -> None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from bench.gpu import Device
+from bench.harness import Before
 
 MOST_WRITES = 64
 """Some milliseconds; a call that takes the host longer waits for the device itself."""
@@ -41,9 +42,14 @@ class EventTimer:
         self._start, self._end = device.event(), device.event()
         self._writes = 1  # for all contenders the same, and never less
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Make a call, on the device alone; return its duration in nanoseconds."""
+    def __call__(self, call: Callable[[], object], before: Before = None) -> float:
+        """Make a call, on the device alone; return its duration in nanoseconds.
+
+        What comes before a call is queued before the writes, again for each repetition.
+        """
         while True:
+            if before is not None:
+                before()
             for _ in range(self._writes):
                 self.device.flush()
             self._start.record()

@@ -22,7 +22,10 @@ import numpy as np
 Clock = Callable[[], int]
 """Returns nanoseconds."""
 
-Timer = Callable[[Callable[[], object]], float]
+Before = Callable[[], object] | None
+"""Called, untimed, before each call."""
+
+Timer = Callable[[Callable[[], object], Before], float]
 """Makes a call and returns its duration in nanoseconds: for what a clock around the call does not see."""
 
 
@@ -30,8 +33,7 @@ class Task(NamedTuple):
     """What is timed."""
 
     call: Callable[[], object]
-    before: Callable[[], object] | None = None
-    """Called, untimed, before each call."""
+    before: Before = None
 
 
 class Quartiles(NamedTuple):
@@ -133,7 +135,9 @@ def interleave(
     return Measurement(seconds)
 
 
-def _by_clock(clock: Clock, call: Callable[[], object]) -> float:
+def _by_clock(clock: Clock, call: Callable[[], object], before: Before) -> float:
+    if before is not None:
+        before()
     start = clock()
     call()
     return clock() - start
@@ -146,11 +150,8 @@ def _median_of_block(task: Task, blocks: Blocks, clock: Clock, timer: Timer) -> 
 
 def _repeat(task: Task, least_seconds: float, least_calls: int, clock: Clock, timer: Timer) -> list[float]:
     """Call a task until both leasts are met; return the duration of each call in nanoseconds."""
-    call, before = task
     durations: list[float] = []
     first = clock()
     while len(durations) < least_calls or clock() - first < least_seconds * 1e9:
-        if before is not None:
-            before()
-        durations.append(timer(call))
+        durations.append(timer(task.call, task.before))
     return durations

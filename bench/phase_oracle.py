@@ -62,10 +62,13 @@ def average_tolerance(dtype: Any) -> float:
     return len(oracle.GRAD_FACTORS) * ((1 - EMA_DECAY) * tolerance(dtype) + 2 * 2**-4 * u)
 
 
-def check_phase(name: str, contender: Contender, params: Array, grads: Array) -> None:
+def check_phase(
+    name: str, contender: Contender, params: Array, grads: Array, whole: float | None = None
+) -> None:
     """Take three steps; compare parameters and average, at up to 64 Ki elements, and look at all gradients.
 
     The contender must be new, on copies of ``params`` and ``grads``. Its next steps run on ``grads`` again.
+    Where these are but a part, ``whole`` is the norm of all gradients.
 
     Raises
     ------
@@ -81,11 +84,12 @@ def check_phase(name: str, contender: Contender, params: Array, grads: Array) ->
         raise WrongUpdateError(f"{name} must set all gradients to zero; got {left} that are not.")
 
     where = oracle.sample(params.size)
-    whole, clipped = global_norm(grads), []
+    whole = global_norm(grads) if whole is None else whole
+    clipped = []
     for factor, theirs in zip(oracle.GRAD_FACTORS, returned, strict=True):
         norm = abs(factor) * whole
         if theirs is not None:
-            norm = _require_norm(name, theirs, norm)
+            norm = require_norm(name, theirs, norm)
         clipped.append(
             grads[where].astype(np.float64) * factor * min(1.0, CLIPPED_TO * whole / (norm + 1e-6))
         )
@@ -114,11 +118,12 @@ def check_norm(name: str, contender: Contender, params: Array, grads: Array) -> 
     WrongUpdateError
         If it is off by more than ``NORM_ERROR`` or, for fastadam, ``OWN_NORM_ERROR``, or NaN.
     """
-    _require_norm(name, contender.step(), global_norm(grads))
+    require_norm(name, contender.step(), global_norm(grads))
 
 
-def _require_norm(name: str, norm: Any, expected: float) -> float:
-    got, allowed = float(norm), OWN_NORM_ERROR if name == "fastadam" else NORM_ERROR
+def require_norm(name: str, norm: Any, expected: float) -> float:
+    """Return a norm as a float; raise WrongUpdateError if it is off by more than is allowed."""
+    got, allowed = float(norm), OWN_NORM_ERROR if name.startswith("fastadam") else NORM_ERROR
     if not abs(got - expected) <= allowed * expected:
         raise WrongUpdateError(
             f"{name} must find a norm of {expected:.9g}; got {got:.9g} (allowed error {allowed:g}, relative)."

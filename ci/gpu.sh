@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in about eight minutes, on a machine that has one and nothing to download from.
+# Everything that needs a GPU, in about nine minutes, on a machine that has one and nothing to download from.
 #
 #   OUT=results bash ci/gpu.sh        PYTHON=python3.12 FASTADAM_COMMIT=... bash ci/gpu.sh
 #   bash ci/gpu.sh --dry-run          without a GPU: does it import, are tests and benchmarks found, do they skip?
@@ -16,7 +16,7 @@ out=${OUT:-bench/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log="$out/gpu-log.txt"
-total=${FASTADAM_GPU_SECONDS:-480}
+total=${FASTADAM_GPU_SECONDS:-540}
 
 # `kernels/` installs as `fastadam.kernels`. An install would have to download setuptools, so make the installed
 # tree by hand. PYTHONSAFEPATH keeps ./fastadam, which lacks the kernels, from being found first; `bench` is a
@@ -81,6 +81,11 @@ if [ "$dry_run" = 1 ]; then
   if grep -qE '[0-9]+ passed' "$work/stage.txt"; then failed=1; fi
   stage "GPU benchmarks skip" 60 "${pytest_quiet[@]}" --import-mode=importlib bench/test_gpu_step.py
   if [ "$code" != 0 ] || ! grep -qE '[0-9]+ skipped' "$work/stage.txt"; then failed=1; fi
+  for program in gpu_compare gpu_phase gpu_launch; do
+    says='"$0" -m bench.$1 && exit 1; [ $? = 2 ]' # as where there is nothing to measure
+    stage "bench.$program skips" 60 bash -c "$says" "$python" "$program"
+    if [ "$code" != 0 ] || ! grep -q '^nothing to measure: ' "$work/stage.txt"; then failed=1; fi
+  done
   printf '\n%s' "$table"
   exit "$failed"
 fi
@@ -88,18 +93,19 @@ fi
 nvidia-smi >>"$log" 2>&1
 facts='
 import json, sys
-from bench import gpu, gpu_compare
+from bench import gpu, gpu_program
 reason = gpu.missing()
 if reason: sys.exit(reason)
-json.dump(gpu_compare.facts(gpu.open_device()), open(sys.argv[1], "w"), indent=2)
+print(json.dumps(gpu_program.facts(gpu.open_device()), indent=2))
 '
-stage "environment" 60 "$python" -c "$facts" "$out/environment.json"
+stage "environment" 60 "$python" -c "$facts"
 
 stage "GPU tests" 130 "${pytest_quiet[@]}" -m gpu "${gpu_tests[@]}"
 if [ "$code" != 0 ] || ! grep -qE '[0-9]+ passed' "$work/stage.txt"; then failed=1; fi # all skipped is no success
 tests_line=$(tail -n 1 "$work/stage.txt")
 
 stage "GPU comparison" 150 "$python" -m bench.gpu_compare --budget-seconds 110 --output "$out"
+stage "GPU phase" 85 "$python" -m bench.gpu_phase --budget-seconds 55 --output "$out"
 stage "GPU launches" 45 "$python" -m bench.gpu_launch --output "$out"
 FASTADAM_GPU_SIZES="${FASTADAM_GPU_SIZES:-1Ki 1Mi 64Mi}" stage "GPU pytest-benchmark" 60 \
   "${pytest_quiet[@]}" --import-mode=importlib bench/test_gpu_step.py \

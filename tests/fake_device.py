@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import gpu_compare, gpu_measure, gpu_targets
+from bench import gpu_compare, gpu_contest, gpu_measure
 from bench.gpu_buffers import Buffers, Running
 from bench.gpu_peers import Peer
 from bench.oracle import BETAS, EPS, LR
@@ -136,8 +136,7 @@ def fake_peers() -> dict[str, Peer]:
 def use_fake_peers(monkeypatch: Any) -> dict[str, Peer]:
     """Let the benchmarks measure the contenders above."""
     fakes = fake_peers()
-    for module in (gpu_compare, gpu_measure, gpu_targets):
-        monkeypatch.setattr(module, "PEERS", fakes)
+    monkeypatch.setattr(gpu_contest, "PEERS", fakes)
     for module in (gpu_compare, gpu_measure):
         monkeypatch.setattr(module, "ON_TENSORS", {})
     return fakes

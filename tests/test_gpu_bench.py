@@ -18,9 +18,10 @@ from fake_device import FLUSH, FakeDevice, adam, use_fake_peers
 
 from bench import (
     gpu,
-    gpu_compare,
+    gpu_graphs,
     gpu_measure,
     gpu_peers,
+    gpu_program,
     gpu_references,
     gpu_targets,
 )
@@ -193,7 +194,7 @@ def test_host_cost_is_per_call_and_of_steps_only(peers):
 
 
 def test_sizes_of_targets_come_first():
-    order = gpu_compare.in_order_of_weight([2**10, 2**30, 2**17, 2**20])
+    order = gpu_program.in_order_of_weight([2**10, 2**30, 2**17, 2**20])
     assert order == [2**20, 2**30, 2**10, 2**17]
 
 
@@ -237,7 +238,7 @@ def fake_torch(log):
 def test_a_graph_is_captured_after_an_eager_step(monkeypatch):
     log = []
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(log))
-    step = gpu_peers._captured_by_cupy(lambda: log.append("step"))
+    step = gpu_graphs.by_cupy(lambda: log.append("step"))
     for _ in range(3):
         step()
     eager, captured = ["wait", "enter", "step", "wait"], ["begin", "step", "end", "exit"]
@@ -245,7 +246,7 @@ def test_a_graph_is_captured_after_an_eager_step(monkeypatch):
 
     log = []
     monkeypatch.setitem(sys.modules, "torch", fake_torch(log))
-    step = gpu_peers._captured_by_torch(lambda: log.append("step"))
+    step = gpu_graphs.by_torch(lambda: log.append("step"))
     for _ in range(3):
         step()
     assert log == ["step", "wait", "enter", "step", "exit", "replay", "replay"]
@@ -261,7 +262,7 @@ def test_a_capture_that_fails_is_closed(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(log))
     with pytest.raises(MemoryError):
-        gpu_peers._captured_by_cupy(fails_in_capture)()
+        gpu_graphs.by_cupy(fails_in_capture)()
     assert log[-3:] == ["step", "end", "exit"]
 
 

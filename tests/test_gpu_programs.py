@@ -17,9 +17,19 @@ import pytest
 # Behind the installed package, which `bench` measures: the root of the tree holds a folder of its name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from fake_device import FakeDevice, adam, fake_peers, use_fake_peers
+from fake_device import FakeDevice, adam, use_fake_peers
 
-from bench import gpu_compare, gpu_launch, gpu_measure, gpu_report, gpu_targets, harness, report
+from bench import (
+    gpu_compare,
+    gpu_launch,
+    gpu_measure,
+    gpu_phase,
+    gpu_program,
+    gpu_report,
+    gpu_targets,
+    harness,
+    report,
+)
 from bench.environment import ROOT
 from bench.gpu_measure import Measured
 from bench.gpu_peers import Peer
@@ -72,7 +82,8 @@ def test_host_target(ours, met):
 
 
 def compare(tmp_path, sizes, budget=math.inf):
-    result, path = gpu_compare.run(FakeDevice(), sizes, list(fake_peers()), 2, budget, tmp_path)
+    program = gpu_compare.program()
+    result, path = gpu_program.run(program, FakeDevice(), sizes, program.names(), 2, budget, tmp_path)
     assert path == tmp_path / "gpu-fake-gpu-1.json"
     assert json.loads(path.read_text(encoding="utf-8")) == result
     return result
@@ -177,7 +188,7 @@ def no_library(name):
 
 
 @pytest.mark.parametrize(("library", "reason"), [(no_library, "no CUDA driver"), (NoDevices, "no CUDA GPU")])
-@pytest.mark.parametrize("program", [gpu_compare, gpu_launch])
+@pytest.mark.parametrize("program", [gpu_compare, gpu_phase, gpu_launch])
 def test_programs_say_why_they_measure_nothing(monkeypatch, capsys, program, library, reason):
     monkeypatch.setattr(ctypes, "CDLL", library)
     assert program.main([]) == 2
@@ -187,14 +198,13 @@ def test_programs_say_why_they_measure_nothing(monkeypatch, capsys, program, lib
 PLUGIN = """
 import pytest
 from fake_device import FakeDevice, fake_peers
-from bench import gpu, gpu_compare, gpu_measure, gpu_peers, gpu_targets
+from bench import gpu, gpu_compare, gpu_contest, gpu_measure, gpu_peers
 import os
 if os.environ["FAKE_GPU"] == "1":
     gpu.missing, gpu.open_device = lambda: None, FakeDevice
-    for module in (gpu_peers, gpu_compare, gpu_measure, gpu_targets):
-        module.PEERS = fake_peers()
+    gpu_peers.PEERS = gpu_contest.PEERS = fake_peers()
+    for module in (gpu_peers, gpu_compare, gpu_measure):
         module.ON_TENSORS = {}
-    gpu_measure.measure.__defaults__ = (tuple(gpu_peers.PEERS),)
 else:
     gpu.missing = lambda: "because"
 """
