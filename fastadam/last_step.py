@@ -51,7 +51,10 @@ class LastStep:
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the gradient, unscaled, before clipping; None where nothing asked for it."""
+        """Global norm of the gradient, unscaled, before clipping; None where nothing asked for it.
+
+        Clipping, ``skip_nonfinite`` and ``telemetry`` do.
+        """
         return self._done.grad_norm
 
     @property
@@ -71,7 +74,10 @@ class LastStep:
 
     @property
     def update_norm(self) -> float | None:
-        """Norm of the difference that the step made to the parameters; None without telemetry, or skipped."""
+        """Norm of the difference that the step made to the parameters; None without telemetry, or skipped.
+
+        Each difference of two stored values is formed, squared and added in float64.
+        """
         return self._done.update_norm
 
     @property

@@ -69,8 +69,9 @@ class FusedAdam(Tunables):
     zero_grads : bool, default False
         Set the gradients to zero when a step has used them, or skipped them.
     telemetry : bool, default False
-        Report of each step, too, the norms of the update and of the parameters, and how many elements of the
-        gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`).
+        Report of each step the norms of the gradient, of the update and of the parameters, how many elements
+        of the gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`). They are
+        formed in the same pass, and change no bit of it.
     segments : iterable of Segment, default ()
         Parts of the buffer with hyperparameters of their own, which do not overlap: see
         :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
@@ -169,7 +170,7 @@ class FusedAdam(Tunables):
         self._state = State()
         self._kernels: Any = None  # the backend, from the first step on
         # What is known of the last step: its coefficients, if it was a plain one, or its number on a clock.
-        self._last: Done | Coefficients | tuple[Clock, int] | None = None
+        self._last: Done | Coefficients | LastStep | tuple[Clock, int] | None = None
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._accumulator = Accumulator()
         self._library = ""  # whose current stream the last capturable step took
@@ -220,8 +221,8 @@ class FusedAdam(Tunables):
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
             overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
-            segment ends behind them, or there are segments on a GPU; if ``grad_scale`` is out of its range;
-            or if the stream is being captured and the step could not be replayed.
+            segment ends behind them, or there are segments or telemetry on a GPU; if ``grad_scale`` is out of
+            its range; or if the stream is being captured and the step could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
@@ -273,7 +274,7 @@ class FusedAdam(Tunables):
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
             return
 
-        last: Done | Coefficients
+        last: Done | Coefficients | LastStep
         update: Any
         if grad_scale is None and c.is_plain and loops is kernels and not summed:
             # Coefficients.update, without a call: 0.2 us.
@@ -301,7 +302,7 @@ class FusedAdam(Tunables):
         self._accumulator.calls = 0
         take()
         if loops is not kernels:
-            cast("buffers.Array", grads)[:] = 0  # what frozen segments have added up, too
+            loops.clear_frozen(grads)  # they are of the sum, too
 
     def accumulate(self, flat_grads: object, *, stream: object = None) -> None:
         """Add gradients to a sum, of which the next :meth:`step` takes the mean.
@@ -355,8 +356,8 @@ class FusedAdam(Tunables):
     def last_step(self) -> LastStep | None:
         """What the last call of :meth:`step` did; None before the first, and after a load or a reset."""
         last = self._last
-        if last is None:
-            return None
+        if last is None or isinstance(last, LastStep):
+            return last
         if isinstance(last, tuple) and not isinstance(last, Done):
             return LastStep(partial(clocks.done, *last))
         done = Done(self._state._step, last.lr) if isinstance(last, Coefficients) else last
@@ -391,7 +392,7 @@ class FusedAdam(Tunables):
         values = self._hyperparameters.to_dict()
         if callable(self.lr):
             values["lr"] = float(self.lr(max(self._state.step, 1)))
-        if self._segments is not None:
+        if self._segments is not None and self._segments.given:
             values["segments"] = self._segments.to_array(max(self._state.step, 1))
         return {**values, **self._state.to_dict(), **self._accumulator.to_dict()}
 
@@ -484,7 +485,7 @@ class FusedAdam(Tunables):
     @segments.setter
     def segments(self, value: Iterable[Segment]) -> None:
         new = Segments(value)
-        self._segments = new if new.given else None
+        self._segments = new if new.given or self._hyperparameters.telemetry else None
         self._segmented = self._prepared = None
 
     def _summed(self, params: buffers.Buffer, flat_grads: object) -> buffers.Buffer:
@@ -545,7 +546,7 @@ class FusedAdam(Tunables):
         state: State,
         grad_scale: object,
         summed: int,
-    ) -> tuple[Done | Coefficients, rules.Update | None, rules.Clear | None, KernelTypes]:
+    ) -> tuple[Done | Coefficients | LastStep, rules.Update | None, rules.Clear | None, KernelTypes]:
         """Take the pass over all gradients, where one is needed, and return what a step is made of.
 
         That is what it will have done, its coefficients (None for a step that is skipped), whether gradients
@@ -557,8 +558,12 @@ class FusedAdam(Tunables):
         if summed:
             types = types._replace(clear=rules.Clear)
         step = state._step + 1
+        last: Done | Coefficients | LastStep = c
         if not c.reads_gradients_first:
-            return c, c.update(step, scale), clear, types
+            update = c.update(step, scale)
+            if self._hyperparameters.telemetry:
+                last = kernels.watch(Done(step, c.lr), scale)
+            return last, update, clear, types
 
         if self._scratch is None or self._scratch.size < kernels.scratch_size(grads.size):
             self._scratch = np.empty(kernels.scratch_size(grads.size))
@@ -567,12 +572,17 @@ class FusedAdam(Tunables):
         factor, lr = c.clip_factor(norm), c.lr_of(step)
         if c.skips and nonfinite:
             return Done(step - 1, lr, norm, factor, True, nonfinite), None, clear, types
-        return Done(step, lr, norm, factor, False, nonfinite), c.update(step, scale, factor), clear, types
+        update, last = c.update(step, scale, factor), Done(step, lr, norm, factor, False, nonfinite)
+        if self._hyperparameters.telemetry:
+            last = kernels.watch(last, scale)
+        return last, update, clear, types
 
     def _with_segments(self, c: Coefficients, params: buffers.Buffer, state: State) -> Segmented:
         """Return what takes the place of the backend for the next step."""
         found, given = self._segmented, cast("Segments", self._segments)
         if isinstance(params, DeviceBuffer):
+            if not given.given:
+                raise ValueError("telemetry must be False on a GPU, for now; got True.")
             raise ValueError(  # noqa: TRY004 - the segments are what is wrong
                 f"segments must be empty on a GPU, for now; got {len(given.given)}."
                 " Use one optimizer for each segment."
@@ -602,11 +612,13 @@ class FusedAdam(Tunables):
         elif values.keys() == {"lr"}:
             coefficients = self._with_lr(hyperparameters.lr)
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
+        if "telemetry" in values:
+            self.segments = self.segments  # other loops
 
     def _with_lr(self, lr: float | Schedule) -> Coefficients | None:
         """Return the present coefficients with another learning rate, where that is possible."""
         c = self._coefficients
-        if c is None or callable(lr) or callable(self.lr) or self._segments is not None:
+        if c is None or callable(lr) or callable(self.lr) or self.segments:
             return None
         if self._last is c:
             self._last = Done(self._state._step, c.lr)
@@ -638,6 +650,6 @@ class FusedAdam(Tunables):
         if self._capturable:
             values["capturable"] = True
         arguments = [f"{name}={value!r}" for name, value in values.items()]
-        if self._segments is not None:
+        if self.segments:
             arguments.append(f"segments=<{len(self.segments)}>")
         return f"{type(self).__name__}({', '.join(arguments)})"

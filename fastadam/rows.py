@@ -54,7 +54,6 @@ class Rows:
         lr, weight_decay, beta1, beta2, eps = np.where(np.isnan(fields), own, fields).T
         self._follows = np.isnan(fields[:, 0])  # rows of schedules of their own, too: they are set behind
         self._schedules = segments.schedules
-        self._follows_a_schedule = callable(h.lr)
         self._lr, self._beta1 = lr, beta1
         self._weight_decay = np.where(weight_decay > 0, weight_decay, np.nan)
         self._decoupled = h.decoupled_weight_decay
@@ -72,7 +71,7 @@ class Rows:
         betas1, self._of_beta1 = _each_once(beta1)
         betas2, self._of_beta2 = _each_once(beta2)
         self._corrections1, self._corrections2 = of_many(tuple(betas1)), of_many(tuple(betas2))
-        self._lr_changed = True
+        self._lr_changed, self._known_lr = True, c.lr
 
     def _require_range(self, name: str, values: Numbers) -> None:
         wrong = outside(values, self._c.dtype)
@@ -83,8 +82,7 @@ class Rows:
 
     def _update_lr(self, step: int) -> None:
         """Ask the schedules for the learning rates of a step, and form what depends on nothing else."""
-        if self._follows_a_schedule:
-            self._lr[self._follows] = self._c.lr
+        self._lr[self._follows] = self._c.lr
         for schedule, of_schedule in self._schedules:
             name = f"segments[{of_schedule[0]}].lr({step})"
             self._lr[np.array(of_schedule) + 1] = at_least_zero(name, schedule(step))
@@ -97,9 +95,10 @@ class Rows:
 
     def form(self, step: int) -> None:
         """Form the coefficients of a step, counted from 1; the optimizer's own were asked for before."""
-        if self._lr_changed:
+        if self._lr_changed or self._c.lr != self._known_lr:
+            self._lr_changed = True
             self._update_lr(step)
-            self._lr_changed = self._follows_a_schedule or bool(self._schedules)
+            self._lr_changed, self._known_lr = bool(self._schedules), self._c.lr
         corrections1 = self._corrections1.at(step)[self._of_beta1]
         self.coefficients[:, _STEP_SIZE] = rules.step_size(self._lr, corrections1)
         self.coefficients[:, _INVERSE] = (1 / self._corrections2.at(step))[self._of_beta2]

@@ -1,13 +1,15 @@
-"""A step with segments on the CPU: their coefficients, and the loops that take them."""
+"""A step with segments or telemetry on the CPU: coefficients, and the loops that take them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from math import sqrt
 from typing import Any
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import rules
-from fastadam.kernels.run_chunks import RunChunks
+from fastadam.last_step import Done, LastStep
 from fastadam.rows import Rows
 from fastadam.segments import Segments
 
@@ -18,6 +20,7 @@ class Segmented:
     Parameters
     ----------
     segments : Segments
+        There may be none.
     hyperparameters : Hyperparameters
         The optimizer's own.
     c : Coefficients
@@ -39,9 +42,15 @@ class Segmented:
         self.c, self.size, self.step = c, size, 0
         self._loops = loops
         self._units = segments.units(size)
+        self._chunks = partial(segments.chunks, self._units)
         self._rows = Rows(segments, hyperparameters, c)
         self._table = loops.Table(self._units, self._rows.coefficients)
         self._norm: Any = None
+        self._telemetry: Any = None
+        if hyperparameters.telemetry:
+            from fastadam.kernels.telemetry import Telemetry
+
+            self._telemetry = Telemetry(self._chunks())
 
     @property
     def runs(self) -> list[list[int]]:
@@ -56,7 +65,7 @@ class Segmented:
         if self._norm is None:
             from fastadam.kernels.segment_norms import RunNorm
 
-            self._norm = RunNorm(RunChunks(self._units))
+            self._norm = RunNorm(self._chunks())
         return int(self._norm.scratch_size)
 
     def measure(self, grads: Any, scratch: Any) -> tuple[float, int]:
@@ -65,13 +74,61 @@ class Segmented:
 
     def prepare(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
-        self._loops.prepare(params, grads, states, self._table, self._rows.with_decay(c), clear)
+        c = self._rows.with_decay(c)
+        if self._telemetry is None:
+            self._loops.prepare(params, grads, states, self._table, c, clear)
+        else:
+            self._telemetry.prepare(params, grads, states, c, clear)
 
     def plan(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> Callable[[], None]:
         """Return the call that takes the step number ``step``."""
         self._rows.form(self.step)
-        return self._loops.plan(params, grads, states, self._table, self._rows.with_decay(c), clear)
+        c = self._rows.with_decay(c)
+        if self._telemetry is None:
+            return self._loops.plan(params, grads, states, self._table, c, clear)
+        take: Callable[[], None] = self._telemetry.plan(
+            params, grads, states, self._table, self._scratch, c, clear
+        )
+        return take
 
     def warmup(self, n_states: int, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, all loops."""
-        self._loops.warmup(self.c.dtype, n_states, self._rows.with_decay(c), clear)
+        loops = self._loops
+        if self._telemetry is not None:
+            from fastadam.kernels import telemetry as loops
+        loops.warmup(self.c.dtype, n_states, self._rows.with_decay(c), clear)
+
+    # --- And what they have not -----------------------------------------------------------------------------
+
+    def watch(self, done: Done, grad_scale: float | None) -> Done | LastStep:
+        """Return what the step that is planned next will have done: to be read when it was taken.
+
+        Parameters
+        ----------
+        done : Done
+            All but the telemetry.
+        grad_scale : float or None
+            What its gradients are divided by.
+        """
+        if self._telemetry is None:
+            return done
+        # Of this step alone: what was told of one stays, whatever the next ones do.
+        self._scratch = self._telemetry.scratch()
+        return LastStep(partial(_read, self._telemetry, self._scratch, done, grad_scale))
+
+    def clear_frozen(self, grads: Any) -> None:
+        """Set the gradients to zero that no step reads."""
+        edges = [0, *self._units.runs.ravel().tolist(), grads.size]
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            grads[start:stop] = 0
+
+
+def _read(telemetry: Any, scratch: Any, done: Done, grad_scale: float | None) -> Done:
+    observed = telemetry.read(scratch)
+    return done._replace(
+        grad_norm=rules.grad_norm(observed.squares, 1.0 if grad_scale is None else grad_scale),
+        nonfinite=observed.nonfinite,
+        update_norm=sqrt(observed.update_squares),
+        param_norm=sqrt(observed.param_squares),
+        vanished=observed.vanished,
+    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastadam.checks import count, require_flag
 from fastadam.hyperparameters import Schedule, check
+from fastadam.kernels.run_chunks import RunChunks
 from fastadam.kernels.units import Units
 
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -132,6 +133,7 @@ class Segments:
                 schedules.setdefault(id(segment.lr), (segment.lr, []))[1].append(k)
         self.schedules = list(schedules.values())
         self._size, self._units = -1, Units(np.empty((0, 3), np.int64))
+        self._chunks: tuple[Units, RunChunks] | None = None
 
     def _require_disjoint(self) -> None:
         overlap = self._bounds[1:, 0] < self._bounds[:-1, 1]
@@ -166,6 +168,12 @@ class Segments:
             self._units = Units(units[np.argsort(units[:, 0])])
             self._size = size
         return self._units
+
+    def chunks(self, units: Units) -> RunChunks:
+        """Return the chunks of units that :meth:`units` has returned."""
+        if self._chunks is None or self._chunks[0] is not units:
+            self._chunks = units, RunChunks(units)
+        return self._chunks[1]
 
     def to_array(self, step: int | None) -> Numbers:
         """Return what a state dict holds, shape (n, 8), with callables at ``step``; see ``COLUMNS``."""

@@ -43,8 +43,8 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
         kernels.warmup(c.dtype, c.types.n_states, c.update(1), c.clear)
         if c.reads_gradients_first:
             kernels.prepare_measure(c.dtype)
-        if opt.segments:
-            size = max(segment.stop for segment in opt.segments)
+        if opt.segments or opt.telemetry:
+            size = max((segment.stop for segment in opt.segments), default=0)
             Segmented(Segments(opt.segments), opt._hyperparameters, c, size).warmup(
                 c.types.n_states, c.update(1), c.clear
             )

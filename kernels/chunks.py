@@ -22,7 +22,12 @@ _LANES_OF_FLOAT64 = ir.VectorType(ir.DoubleType(), LANES)
 _INDEX = ir.IntType(64)
 
 
-def _fold(builder: Any, lanes: Any) -> Any:
+def widen(builder: Any, row: Any) -> Any:
+    """Return a row of elements as float64."""
+    return builder.fpext(row, _LANES_OF_FLOAT64) if isinstance(row.type.element, ir.FloatType) else row
+
+
+def fold(builder: Any, lanes: Any, add: Callable[..., Any]) -> Any:
     """Add the upper half of the lanes to the lower half until one is left."""
     width = LANES
     while width > 1:
@@ -35,7 +40,7 @@ def _fold(builder: Any, lanes: Any) -> Any:
             )
             for first in (0, width)
         )
-        lanes = builder.fadd(lower, upper)
+        lanes = add(lower, upper)
     return builder.extract_element(lanes, ir.IntType(32)(0))
 
 
@@ -51,8 +56,7 @@ def _sum_chunk(context: Any, builder: Any, kind: Any, arguments: Any, *, squares
     def add(pointer: Any) -> None:
         terms = builder.load(builder.bitcast(pointer, row.as_pointer()))
         terms.align = 1  # gradients may lie anywhere; it costs nothing
-        if isinstance(element, ir.FloatType):
-            terms = builder.fpext(terms, _LANES_OF_FLOAT64)
+        terms = widen(builder, terms)
         if squares:
             terms = builder.fmul(terms, terms, flags=flags)
         builder.store(builder.fadd(builder.load(lanes), terms, flags=flags), lanes)
@@ -71,7 +75,7 @@ def _sum_chunk(context: Any, builder: Any, kind: Any, arguments: Any, *, squares
         rest_of_chunk = builder.gep(first, [builder.mul(rows, _INDEX(LANES))])
         cgutils.raw_memcpy(builder, padded, rest_of_chunk, rest, context.get_abi_sizeof(element))
         add(padded)
-    return _fold(builder, builder.load(lanes))
+    return fold(builder, builder.load(lanes), builder.fadd)
 
 
 def _emitter(values: Any, *, squares: bool) -> tuple[Any, Callable[..., Any]] | None:

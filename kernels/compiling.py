@@ -28,7 +28,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import chunks, rules, storage
+from . import chunks, observed, rules, storage
 
 JIT_OPTIONS = {"error_model": "numpy"}
 
@@ -43,7 +43,7 @@ def digest() -> str:
     sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.read_bytes())
-    for module in (chunks, rules, storage):
+    for module in (chunks, observed, rules, storage):
         for value in vars(module).values():
             function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):
@@ -158,3 +158,8 @@ def _advance(param: Any, grad: Any, state: Any, c: Any) -> Any:
 @overload(rules.track, jit_options=JIT_OPTIONS, strict=False)
 def _track(param: Any, average: Any, c: Any) -> Any:
     return rules.AVERAGES[type(None) if _selects_nothing(c) else c.instance_class]
+
+
+@overload(rules.vanishes, jit_options=JIT_OPTIONS, strict=False)
+def _vanishes(before: Any, after: Any, exp_avg: Any, step_size: Any) -> Any:
+    return rules.vanishes

@@ -49,15 +49,25 @@ MIN_PIECE = 1_048_576
 and one thread sums as many from the cache in 70 us."""
 
 
-def measure_chunk(grads: Any, scratch: Any, chunk: int, chunks: int, start: int, size: int) -> None:
-    """Write the sum of squares and the count of one chunk of ``chunks``; for compiled loops."""
-    scratch[chunk] = sum_of_squares(grads, start, size)
+def nonfinite_of_chunk(total: float, grads: Any, start: int, size: int) -> int:
+    """Count what is not finite, where the sum of squares says that there may be any; for compiled loops."""
     nonfinite = 0
-    if not isfinite(scratch[chunk]):
+    if not isfinite(total):
         elements = grads[start : start + size]
         for i in range(elements.size):  # vectorised; a loop over the elements themselves is not
             nonfinite += not isfinite(elements[i])
-    scratch[chunks + chunk] = nonfinite
+    return nonfinite
+
+
+@overload(nonfinite_of_chunk, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_nonfinite_of_chunk(total: Any, grads: Any, start: Any, size: Any) -> Any:
+    return nonfinite_of_chunk
+
+
+def measure_chunk(grads: Any, scratch: Any, chunk: int, chunks: int, start: int, size: int) -> None:
+    """Write the sum of squares and the count of one chunk of ``chunks``; for compiled loops."""
+    scratch[chunk] = sum_of_squares(grads, start, size)
+    scratch[chunks + chunk] = nonfinite_of_chunk(scratch[chunk], grads, start, size)
 
 
 @overload(measure_chunk, jit_options=JIT_OPTIONS, strict=False)

@@ -49,13 +49,13 @@ def _compiled_take(like: Any, coefficients: Any, row: Any, column: Any) -> Any:
     )
 
 
-def _part(like: Any, coefficients: Any, row: int, column: int) -> Any:
+def part_of_row(like: Any, coefficients: Any, row: int, column: int) -> Any:
     """Return a part of an update, of the type of ``like``."""
     return type(like)(*_take(like, coefficients, row, column))
 
 
-@overload(_part, jit_options=JIT_OPTIONS, strict=False)
-def _compiled_part(like: Any, coefficients: Any, row: Any, column: Any) -> Any:
+@overload(part_of_row, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_part_of_row(like: Any, coefficients: Any, row: Any, column: Any) -> Any:
     part = like.instance_class
     return lambda like, coefficients, row, column: part(*_take(like, coefficients, row, column))
 
@@ -81,7 +81,7 @@ def _step_unit(
 ) -> None:
     bounds, row = (unit[0], unit[1]), unit[2]
     conditioning, direction, rule, average = others
-    rule_of_row = _part(rule, coefficients, row, 1)
+    rule_of_row = part_of_row(rule, coefficients, row, 1)
     if decay is None:  # decided by the type, when compiled
         c = (conditioning, direction, None, rule_of_row, average)
         _step_elements(params, grads, states, bounds, c, clear)
@@ -89,7 +89,7 @@ def _step_unit(
         without = (conditioning, direction, None, rule_of_row, average)
         _step_elements(params, grads, states, bounds, without, clear)
     else:
-        decayed = (conditioning, direction, _part(decay, coefficients, row, 0), rule_of_row, average)
+        decayed = (conditioning, direction, part_of_row(decay, coefficients, row, 0), rule_of_row, average)
         _step_elements(params, grads, states, bounds, decayed, clear)
 
 

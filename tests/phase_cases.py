@@ -18,6 +18,7 @@ FACTORS = {
     "skip_nonfinite": [False, True],
     "ema_decay": [None, 0.9, 0.3],
     "zero_grads": [False, True],
+    "telemetry": [False, True],
     "maximize": [False, True],
     "decay": ["none", "l2", "adamw"],
     "amsgrad": [False, True],
@@ -80,7 +81,9 @@ def case_id(case):
         if case[name]
     ]
     parts += [
-        name.split("_")[0] for name in ("skip_nonfinite", "zero_grads", "maximize", "amsgrad") if case[name]
+        name.split("_")[0]
+        for name in ("skip_nonfinite", "zero_grads", "telemetry", "maximize", "amsgrad")
+        if case[name]
     ]
     parts += ["schedule"] if callable(case["lr"]) else []
     return "-".join([*filter(None, parts), case["dtype"]])

@@ -26,6 +26,7 @@ class literal_phase:  # noqa: N801
         skip_nonfinite=False,
         ema_decay=None,
         zero_grads=False,
+        telemetry=False,  # noqa: ARG002 - it changes nothing
         dtype=np.float64,
         **adam,
     ):
@@ -89,6 +90,7 @@ class torch_phase:  # noqa: N801
         skip_nonfinite=False,
         ema_decay=None,
         zero_grads=False,
+        telemetry=False,  # noqa: ARG002 - it changes nothing
         inverse=False,
         decoupled_weight_decay=False,
         weight_decay=0.0,

@@ -33,6 +33,16 @@ hits = [sum(loop.stats.cache_hits.values()) for loop in (norms.serial, norms.par
 print(total, sum(hits), norms.fold.stats.cache_path)
 """
 
+TELEMETRY = """
+import numpy as np, fastadam
+from fastadam.kernels import telemetry
+opt = fastadam.FusedAdam(lr=0.5, eps=0.0, telemetry=True)
+opt.step(np.zeros(SIZE, "DTYPE"), np.ones(SIZE, "DTYPE"))
+loops = telemetry.serial, telemetry.parallel, telemetry.fold
+print(opt.last_step.update_norm, sum(sum(loop.stats.cache_hits.values()) for loop in loops),
+      telemetry.fold.stats.cache_path)
+"""
+
 
 @pytest.fixture
 def copied(tmp_path):
@@ -187,3 +197,22 @@ def test_code_for_other_types_is_not_taken(copied):
     first.write_bytes(second.read_bytes())
     second.write_bytes(first_content)
     assert run(copied)[:2] == (-0.5, 0)
+
+
+@pytest.mark.parametrize("size", [100, 40_000], ids=["serial", "parallel"])
+def test_telemetry(copied, size):
+    """So is the step of :mod:`fastadam.kernels.observed`, and the rule is compiled by it."""
+    norm = 0.5 * size**0.5
+    assert run(copied, size, script=TELEMETRY)[:2] == (norm, 0)
+    assert run(copied, size, script=TELEMETRY)[:2] == (norm, 2)
+    for file, old, new, expected in (
+        ("observed.py", "builder.fsub(after, before)", "builder.fadd(after, after)", 2 * norm),
+        ("rules.py", "return param - c.step_size", "return param - c.step_size * c.step_size", 5 * norm),
+    ):
+        source = copied / "fastadam/kernels" / file
+        text = source.read_text()
+        assert text.count(old) >= 1
+        source.write_text(text.replace(old, new))
+        assert run(copied, size, script=TELEMETRY)[:2] == (expected, 0)
+        source.write_text(text)
+    assert run(copied, size, script=TELEMETRY)[:2] == (norm, 2)
