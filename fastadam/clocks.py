@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from fastadam import bias_correction
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, cast
+
+import numpy as np
+
+from fastadam import bias_correction, streams
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import REPORTS, Clock
+from fastadam.kernels.cuda_units import DeviceUnits
 from fastadam.last_step import Done
+from fastadam.rows import Rows
+from fastadam.segments import Segments
 
 LARGEST_BETA = 1 - 2.0**-18
 """Its table of bias corrections has 10 million entries, 78 MB; they grow as 1 / (1 - beta)."""
@@ -15,25 +23,57 @@ LARGEST_BETA = 1 - 2.0**-18
 _LRS = 256
 """Steps for which a schedule is asked at once."""
 
+Rates = TypeVar("Rates")
 
-def require_possible(hyperparameters: Hyperparameters) -> None:
+
+class MadeFor(NamedTuple):
+    """What a clock was made for, besides the types of its kernels."""
+
+    segments: Segments | None
+    telemetry: bool
+    rows: Rows | None  # where there are segments or telemetry
+
+
+def require_possible(hyperparameters: Hyperparameters, segments: Segments | None) -> None:
     """Raise ValueError if the learning rates or bias corrections of all steps do not fit the GPU's memory."""
     if callable(hyperparameters.lr):
         raise ValueError(  # noqa: TRY004 - of its type it may be
             "lr must be a number with capturable=True: a replayed step calls no schedule."
             " Set opt.lr between replays."
         )
-    require_tables(hyperparameters)
+    for _, of_schedule in () if segments is None else segments.schedules:
+        raise ValueError(
+            f"segments[{of_schedule[0]}].lr must be a number with capturable=True: a replayed step calls no"
+            " schedule. Without one, it follows opt.lr."
+        )
+    require_tables(hyperparameters, segments)
 
 
-def require_tables(hyperparameters: Hyperparameters) -> None:
+def require_tables(hyperparameters: Hyperparameters, segments: Segments | None) -> None:
     """Raise ValueError if the bias corrections of all steps do not fit the GPU's memory."""
-    for k, beta in enumerate(hyperparameters.betas):
+    found = {f"betas[{k}]": beta for k, beta in enumerate(hyperparameters.betas)}
+    if segments is not None:
+        for row, k in np.argwhere(segments.fields[:, _BETAS] > LARGEST_BETA)[:1].tolist():
+            found[f"segments[{row}].betas[{k}]"] = segments.fields[row, _BETAS][k]
+    for name, beta in found.items():
         if beta > LARGEST_BETA:
             raise ValueError(
-                f"betas[{k}] must be at most {LARGEST_BETA:.9g} where steps are counted on the GPU, which"
+                f"{name} must be at most {LARGEST_BETA:.9g} where steps are counted on the GPU, which"
                 f" keeps the bias corrections of all of them; got {beta:.17g}."
             )
+
+
+_BETAS = slice(2, 4)
+"""Of the fields of segments."""
+
+
+def fits(clock: Clock | None, types: KernelTypes, segments: Segments | None, *, telemetry: bool) -> bool:
+    """Return whether a clock serves for steps with these."""
+    if clock is None or cast("MadeFor", clock.made_for)[:2] != (segments, telemetry):
+        return False
+    if clock.units is not None:  # made for the decay that any segment has
+        types = types._replace(decay=clock.types.decay)
+    return clock.types == types
 
 
 def fitting(
@@ -44,45 +84,112 @@ def fitting(
     c: Coefficients,
     types: KernelTypes,
     step: int,
+    segments: Segments | None,
 ) -> Clock:
     """Return a clock for kernels of some types, with learning rates for the next step.
 
-    A clock of other types is replaced, and a schedule is asked for learning rates once in so many steps: both
+    One that does not fit is replaced, and schedules are asked for learning rates once in so many steps: both
     wait for the device.
     """
     stream = like.stream or 0
-    if clock is not None and clock.types != types:
+    if clock is not None and not fits(clock, types, segments, telemetry=h.telemetry):
         step, clock = clock.step(), None
     if clock is None:
-        require_tables(h)
-        scaled = 1.0 if types.conditioning is rules.Conditioning else None
-        return Clock(
-            kernels,
-            like.device,
-            stream,
-            types,
-            step=step,
-            lrs=_lrs(c, step) if callable(h.lr) else [c.lr],
-            weight_decay=h.weight_decay,
-            coefficients=[value for part in c.update(1, grad_scale=scaled) if part for value in part],
-            corrections1=bias_correction.table(h.betas[0]),
-            inverse_corrections2=1 / bias_correction.table(h.betas[1]),
-        )
-    if callable(h.lr) and clock.attempts >= clock.lrs_until:
+        require_tables(h, segments)
+        return _make(kernels, like, h, c, types, step, segments)
+    rows = cast("MadeFor", clock.made_for).rows
+    if _follows(h, rows) and clock.attempts >= clock.lrs_until:
         taken = clock.step()
-        clock.set_lrs(_lrs(c, taken), taken, stream)
+        clock.set_lrs(_lrs(h, c, rows, taken), taken, stream)
     return clock
 
 
-def _lrs(c: Coefficients, taken: int) -> list[float]:
-    return [c.lr_of(step) for step in range(taken + 1, taken + 1 + _LRS)]
+def _make(
+    kernels: Cuda,
+    like: DeviceBuffer,
+    h: Hyperparameters,
+    c: Coefficients,
+    types: KernelTypes,
+    step: int,
+    segments: Segments | None,
+) -> Clock:
+    stream, units, rows = like.stream or 0, None, None
+    update = c.update(1, grad_scale=1.0 if types.conditioning is rules.Conditioning else None)
+    if segments is not None or h.telemetry:
+        given = segments or Segments(())
+        covered, rows = given.units(like.size), Rows(given, h, c)
+        update = rows.with_decay(update)
+        types = types._replace(decay=type(update.decay))
+    lrs = _lrs(h, c, rows, step)  # may raise
+    if rows is not None:
+        place = (kernels, like.device, stream)
+        units = DeviceUnits(*place, types, like.size, covered, rows.tables(), observed=h.telemetry)
+    return Clock(
+        kernels,
+        like.device,
+        stream,
+        types,
+        step=step,
+        lrs=lrs,
+        weight_decay=h.weight_decay,
+        coefficients=[value for part in update if part for value in part],
+        corrections1=bias_correction.table(h.betas[0]),
+        inverse_corrections2=1 / bias_correction.table(h.betas[1]),
+        units=units,
+        made_for=MadeFor(segments, h.telemetry, rows),
+    )
+
+
+def _follows(h: Hyperparameters, rows: Rows | None) -> bool:
+    """Return whether any learning rate follows a schedule."""
+    return callable(h.lr) if rows is None else rows.follow_schedules
+
+
+def _lrs(h: Hyperparameters, c: Coefficients, rows: Rows | None, taken: int) -> object:
+    """Return the learning rates of the next steps, of each source if there are rows."""
+    ahead = range(taken + 1, taken + 1 + (_LRS if _follows(h, rows) else 1))
+    return _ask(c.lr_of, ahead) if rows is None else np.stack(_ask(rows.lrs, ahead), axis=1)
+
+
+def _ask(lr_of: Callable[[int], Rates], ahead: range) -> list[Rates]:
+    """Ask for the learning rates of some steps, up to the first one that has none: it may never be taken."""
+    rates: list[Rates] = []
+    for step in ahead:
+        try:
+            rates.append(lr_of(step))
+        except Exception:  # whatever a schedule raises
+            if not rates:
+                raise
+            break
+    return rates
+
+
+def set_lr(clock: Clock, lr: float, library: str) -> bool:
+    """Queue another learning rate of the optimizer's own; return False where that cannot be.
+
+    ``library`` is that whose current stream the last step took, as :func:`fastadam.streams.for_lr` has it.
+
+    Raises
+    ------
+    ValueError
+        If a coefficient of any segment overflows or becomes zero with it.
+    """
+    rows = cast("MadeFor", clock.made_for).rows
+    if rows is not None and rows.follow_schedules:
+        return False
+    stream = streams.for_lr(clock, library)
+    if rows is not None:
+        rows.set_lr(lr)
+    clock.set_lr(lr, stream)
+    return True
 
 
 def done(clock: Clock, attempt: int) -> Done:
     """Return what a step on a clock did, when the device has done all its work."""
     if clock.attempts - attempt > REPORTS:
         raise ValueError(f"last_step must be read within {REPORTS} steps; got one from before.")
-    report, looked = clock.report(attempt), clock.looked[attempt % REPORTS]
+    report, observed = clock.report(attempt), clock.units is not None and clock.units.observed
+    looked, seen = clock.looked[attempt % REPORTS] or observed, observed and not report.skipped
     return Done(
         int(report.step),
         report.lr,
@@ -90,4 +197,7 @@ def done(clock: Clock, attempt: int) -> Done:
         report.clip_factor,
         bool(report.skipped),
         int(report.nonfinite) if looked else None,
+        report.update_norm if seen else None,
+        report.param_norm if seen else None,
+        int(report.vanished) if seen else None,
     )

@@ -9,6 +9,7 @@ from fastadam import buffers, clocks, streams
 from fastadam.hyperparameters import Coefficients, Hyperparameters, divisor
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
+from fastadam.segments import Segments
 from fastadam.state import State
 
 
@@ -22,6 +23,7 @@ def plan(
     *,
     grad_scale: object,
     summed: int,
+    segments: Segments | None,
     capturable: bool,
 ) -> Callable[[], None]:
     """Return the call that queues a step of checked buffers.
@@ -40,20 +42,22 @@ def plan(
         What the gradients are divided by.
     summed : int
         The gradients of which ``grads`` is the sum, or 0 if they are no sum, which is not cleared then.
+    segments : Segments or None
     capturable : bool
         Whether the step may be captured, and is counted in GPU memory for that.
 
     Raises
     ------
     TypeError, ValueError
-        If ``grad_scale`` is none, or the stream is being captured and the step could not be replayed.
+        If ``grad_scale`` is none, a segment ends behind the buffer, a coefficient overflows or becomes zero,
+        or the stream is being captured and the step could not be replayed.
     """
     captured = streams.is_captured(kernels, params, grads)
     there = scale_in_gpu_memory(grad_scale, params)
     scale = divisor(None if there is not None else grad_scale, summed, c.dtype)
     clear = rules.Clear() if summed else c.clear
     moments: Any = state._arrays
-    decides = c.reads_gradients_first or there is not None
+    decides = c.reads_gradients_first or there is not None or segments is not None or h.telemetry
     if not (capturable or decides or state._clock is not None):
         if captured:
             raise ValueError(
@@ -64,14 +68,13 @@ def plan(
 
     scaled = scale is not None or there is not None
     types = (c.scaled_types if scaled else c.types)._replace(clear=type(clear))
-    clock = state._clock
-    if captured and clock is not None and clock.types != types:
+    if captured and not clocks.fits(state._clock, types, segments, telemetry=h.telemetry):
         raise ValueError(
             "stream must not be in capture: this step is compiled otherwise than the one before."
             " Take one step like it before."
         )
-    state._clock = clocks.fitting(clock, kernels, params, h, c, types, state._step)
-    look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite)
+    state._clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step, segments)
+    look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite, bool(summed))
     return kernels.plan_on_clock(params, grads, moments, state._clock, look)
 
 

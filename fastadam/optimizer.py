@@ -80,8 +80,8 @@ class FusedAdam(Tunables):
         numba-cuda where CuPy is not installed.
     capturable : bool, default False
         Keep the step counter and the learning rate in GPU memory, so that a step captured in a CUDA graph
-        counts on, and follows :attr:`lr`, with every replay. The bits are the same. Both betas must be at
-        most 1 - 2**-18.
+        counts on, and follows :attr:`lr`, with every replay. The bits are the same. Betas, those of segments
+        too, must be at most 1 - 2**-18, and no ``lr`` a function.
 
     Raises
     ------
@@ -160,14 +160,12 @@ class FusedAdam(Tunables):
         )
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
-        if self._capturable:
-            clocks.require_possible(self._hyperparameters)
         self._coefficients: Coefficients | None = None
         self._prepared: object = None  # the types for which the kernels were compiled
         self._segments: Segments | None = None
         self._segmented: Segmented | None = None  # their coefficients, for buffers of one size
-        self.segments = segments
         self._state = State()
+        self.segments = segments
         self._kernels: Any = None  # the backend, from the first step on
         # What is known of the last step: its coefficients, if it was a plain one, or its number on a clock.
         self._last: Done | Coefficients | LastStep | tuple[Clock, int] | None = None
@@ -221,8 +219,8 @@ class FusedAdam(Tunables):
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
             overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
-            segment ends behind them, or there are segments or telemetry on a GPU; if ``grad_scale`` is out of
-            its range; or if the stream is being captured and the step could not be replayed.
+            segment ends behind them; if ``grad_scale`` is out of its range; or if the stream is being
+            captured and the step could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
@@ -252,7 +250,7 @@ class FusedAdam(Tunables):
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
-        loops = kernels if self._segments is None else self._with_segments(c, params, state)
+        loops = kernels if self._segments is None or on_device else self._with_segments(c, params, state)
         if on_device:
             take = device_steps.plan(
                 kernels,
@@ -263,6 +261,7 @@ class FusedAdam(Tunables):
                 c,
                 grad_scale=grad_scale,
                 summed=summed,
+                segments=self._segments,
                 capturable=self._capturable,
             )
             take()  # queued in a moment, or refused by CUDA: counted after
@@ -430,10 +429,11 @@ class FusedAdam(Tunables):
         loaded = Segments(()) if array is None else Segments.from_array(array, self.segments)
         hyperparameters = Hyperparameters(**values)
         if self._capturable:
-            clocks.require_possible(hyperparameters)
+            clocks.require_possible(hyperparameters, loaded)
         accumulator = Accumulator.from_dict(entries)
         state = State.from_dict(entries, hyperparameters.state, self._state)
-        self._hyperparameters, self.segments = hyperparameters, loaded.given
+        self._hyperparameters = hyperparameters
+        self._use(loaded)
         self._replace_state(state, accumulator)
 
     @property
@@ -479,13 +479,28 @@ class FusedAdam(Tunables):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Parts of the buffer with hyperparameters of their own; set them, by any iterable, between steps."""
+        """Parts of the buffer with hyperparameters of their own; set them, by any iterable, between steps.
+
+        On a GPU that waits for the device. With ``capturable=True`` they stay, once a step was taken.
+        """
         return () if self._segments is None else self._segments.given
 
     @segments.setter
     def segments(self, value: Iterable[Segment]) -> None:
-        new = Segments(value)
-        self._segments = new if new.given or self._hyperparameters.telemetry else None
+        new, clock = Segments(value), self._state._clock
+        if self._capturable:
+            clocks.require_possible(self._hyperparameters, new)
+            if clock is not None:
+                raise ValueError(
+                    f"segments must stay as they are once a capturable step was taken; got {len(new.given)}."
+                    " Only lr may change, until reset."
+                )
+        if clock is not None:
+            self._state.leave_clock()
+        self._use(new)
+
+    def _use(self, segments: Segments) -> None:
+        self._segments = segments if segments.given or self._hyperparameters.telemetry else None
         self._segmented = self._prepared = None
 
     def _summed(self, params: buffers.Buffer, flat_grads: object) -> buffers.Buffer:
@@ -580,13 +595,6 @@ class FusedAdam(Tunables):
     def _with_segments(self, c: Coefficients, params: buffers.Buffer, state: State) -> Segmented:
         """Return what takes the place of the backend for the next step."""
         found, given = self._segmented, cast("Segments", self._segments)
-        if isinstance(params, DeviceBuffer):
-            if not given.given:
-                raise ValueError("telemetry must be False on a GPU, for now; got True.")
-            raise ValueError(  # noqa: TRY004 - the segments are what is wrong
-                f"segments must be empty on a GPU, for now; got {len(given.given)}."
-                " Use one optimizer for each segment."
-            )
         if found is None or found.c is not c or found.size != params.size:
             found = self._segmented = Segmented(given, self._hyperparameters, c, params.size)
         found.step = state._step + 1
@@ -596,7 +604,7 @@ class FusedAdam(Tunables):
         hyperparameters, state = self._hyperparameters.changed(**values), self._state
         coefficients, clock = None, state._clock
         if self._capturable:
-            clocks.require_possible(hyperparameters)
+            clocks.require_possible(hyperparameters, self._segments)
         if clock is not None:
             if self._capturable:
                 for name in values.keys() - {"lr"}:
@@ -605,15 +613,15 @@ class FusedAdam(Tunables):
                         f" {values[name]}. Only lr may change, until reset."
                     )
             coefficients = Coefficients(hyperparameters, clock.types.dtype)
-            if values.keys() == {"lr"} and not callable(self.lr) and not callable(hyperparameters.lr):
-                clock.set_lr(hyperparameters.lr, streams.for_lr(clock, self._library))
-            else:
+            old, lr = self.lr, hyperparameters.lr
+            sets_lr = values.keys() == {"lr"} and not callable(old) and not callable(lr)
+            if not (sets_lr and clocks.set_lr(clock, cast("float", lr), self._library)):
                 state.leave_clock()
         elif values.keys() == {"lr"}:
             coefficients = self._with_lr(hyperparameters.lr)
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
         if "telemetry" in values:
-            self.segments = self.segments  # other loops
+            self._use(Segments(self.segments))  # other loops
 
     def _with_lr(self, lr: float | Schedule) -> Coefficients | None:
         """Return the present coefficients with another learning rate, where that is possible."""

@@ -61,6 +61,8 @@ class Segment:
     root of a float64 sum: where nothing is frozen the sum of the whole buffer, else the sums of the stretches
     between frozen segments, summed likewise.
 
+    On a GPU one kernel steps all segments, and a callable ``lr`` is asked for 256 steps ahead.
+
     Examples
     --------
     Half the learning rate for the first layer, no weight decay for the biases:

@@ -7,19 +7,23 @@ from typing import Any
 import numpy as np
 
 from fastadam import backends, buffers
+from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients
 from fastadam.optimizer import FusedAdam
+from fastadam.rows import Rows
 from fastadam.segmented import Segmented
 from fastadam.segments import Segments
 
 
-def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
+def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: Any) -> None:
     """Compile the kernels ahead of the first step, or load them from the disk cache.
 
     Parameters
     ----------
     dtype : dtype, default float32
         float32 or float64.
+    scaled : bool, default False
+        Compile for steps with a ``grad_scale``.
     **hyperparameters
         Those of :class:`FusedAdam`, ``backend`` and ``capturable`` too: a CUDA backend compiles for the
         current device. Which kernel is compiled depends on the flags and on whether there is weight decay,
@@ -35,18 +39,25 @@ def warmup(*, dtype: Any = np.float32, **hyperparameters: Any) -> None:
     >>> import fastadam
     >>> fastadam.warmup(weight_decay=0.01, decoupled_weight_decay=True)
     """
+    require_flag("scaled", scaled)
     opt = FusedAdam(**hyperparameters)
     c = Coefficients(opt._hyperparameters, buffers.flat(np.empty(0, dtype), "dtype", writable=True).dtype)
     name = opt._backend or (backends.cuda() if opt.capturable else "cpu")
     kernels = backends.load(name)
+    types = c.scaled_types if scaled else c.types
+    update = c.update(1, grad_scale=1.0 if scaled else None)
     if name == "cpu":
-        kernels.warmup(c.dtype, c.types.n_states, c.update(1), c.clear)
+        kernels.warmup(c.dtype, types.n_states, update, c.clear)
         if c.reads_gradients_first:
             kernels.prepare_measure(c.dtype)
         if opt.segments or opt.telemetry:
             size = max((segment.stop for segment in opt.segments), default=0)
             Segmented(Segments(opt.segments), opt._hyperparameters, c, size).warmup(
-                c.types.n_states, c.update(1), c.clear
+                types.n_states, update, c.clear
             )
+    elif opt.segments or opt.telemetry:
+        decay = Rows(Segments(opt.segments), opt._hyperparameters, c).decay
+        entry = "step_units_observed" if opt.telemetry else "step_units"
+        kernels.warmup(types._replace(decay=type(decay)), entry)
     else:
-        kernels.warmup(c.types, captured=opt.capturable)
+        kernels.warmup(types, "step_captured" if opt.capturable or c.reads_gradients_first else "step")

@@ -87,6 +87,12 @@ class KernelTypes(NamedTuple):
 CLOCK_ENTRIES = ("form_coefficients", "set_lr", "measure", "decide", "accumulate")
 """The kernels that know no rule."""
 
+UNIT_STEPS = ("step_units", "step_units_observed")
+"""The steps over units."""
+
+UNIT_ENTRIES = ("measure_units", "sum_groups", "form_rows", "conclude", "clear_units")
+"""What surrounds them, and knows no rule."""
+
 
 class Look(NamedTuple):
     """What a step on a clock must know before it writes."""
@@ -95,6 +101,7 @@ class Look(NamedTuple):
     scale_there: DeviceBuffer | None = None  # where another factor of that lies
     max_grad_norm: float | None = None
     skips: bool = False  # takes no step where a gradient is inf or NaN
+    clears_all: bool = False  # sets gradients to zero that no unit covers, too
 
     @property
     def reads_gradients_first(self) -> bool:
@@ -139,20 +146,21 @@ class Cuda(ABC):
     ) -> Callable[[], None]:
         """Return what :meth:`plan` does, with coefficients that a clock forms on the device.
 
-        ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. What the call queues may be captured in a
-        CUDA graph.
+        ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. A CUDA graph may capture what is queued.
         """
-        kernel = self.kernel("step_captured", clock.types, params.device)
         prepare = clock.plan(grads, look, params.stream or 0)
-        return partial(self._queue, kernel, params, grads, states, clock.arguments, prepare)
+        if clock.units is None:
+            kernel = self.kernel("step_captured", clock.types, params.device)
+            return partial(self._queue, kernel, params, grads, states, clock.arguments, prepare)
+        pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
+        launches = [clock.units.step(pointers, clock.arguments), *clock.conclude()]
+        return partial(self._queue_launches, launches, params, grads, prepare)
 
-    def warmup(self, types: KernelTypes, *, captured: bool) -> None:
-        """Compile, or load from the disk cache, the kernels for the current device."""
-        device = self.current_device()
-        self.kernel("step_captured" if captured else "step", types, device)
-        if captured:
-            for entry in CLOCK_ENTRIES:
-                self.kernel(entry, types.of_clock, device)
+    def warmup(self, types: KernelTypes, step: str) -> None:
+        """Compile, or load from the disk cache, a step and what is around it, for the current device."""
+        self.kernel(step, types, self.current_device())
+        for entry in (() if step == "step" else CLOCK_ENTRIES) + (UNIT_ENTRIES if step in UNIT_STEPS else ()):
+            self.kernel(entry, types.of_clock, self.current_device())
 
     def _queue(
         self,
@@ -163,16 +171,27 @@ class Cuda(ABC):
         coefficients: tuple[Any, ...],
         prepare: Callable[[], None] | None,
     ) -> None:
-        size, itemsize, device, stream = params.size, params.dtype.itemsize, params.device, params.stream or 0
+        size, itemsize = params.size, params.dtype.itemsize
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
         head, packs = grids.packs(pointers, itemsize, size)
-        blocks = grids.blocks(size, packs, itemsize, self.resident_threads(device))
+        blocks = grids.blocks(size, packs, itemsize, self.resident_threads(params.device))
         arguments = (*pointers, size, head, packs, *coefficients)
+        self._queue_launches([(kernel, blocks, grids.BLOCK, arguments)], params, grads, prepare)
+
+    def _queue_launches(
+        self,
+        launches: list[tuple[Kernel, int, int, tuple[Any, ...]]],
+        params: DeviceBuffer,
+        grads: DeviceBuffer,
+        prepare: Callable[[], None] | None,
+    ) -> None:
+        device, stream = params.device, params.stream or 0
 
         def queue() -> None:
             if prepare is not None:
                 prepare()
-            self.launch(kernel, blocks, grids.BLOCK, arguments, device, stream)
+            for kernel, blocks, threads, arguments in launches:
+                self.launch(kernel, blocks, threads, arguments, device, stream)
 
         self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
 

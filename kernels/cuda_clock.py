@@ -10,6 +10,7 @@ import numpy as np
 
 from . import grids
 from .cuda import Cuda, DeviceBuffer, KernelTypes, Look, same_stream
+from .cuda_units import DeviceUnits, Launch
 from .tree import CHUNK
 
 _FORMED = ("step_size", "inv_bias_correction2", "lr_times_weight_decay", "grad_scale", "clip_factor")
@@ -28,13 +29,17 @@ class Report(NamedTuple):
     nonfinite: float
     step: float
     lr: float
+    grad_scale: float
+    update_norm: float  # this and what follows: where the step is observed, and not skipped
+    param_norm: float
+    vanished: float
 
 
 class Clock:
     """The step counter, the learning rates and the coefficients of a step, in device memory.
 
-    A step is :meth:`plan`, which may be repeated, and the kernel ``step_captured``, which takes the step and
-    counts it. So a step that CUDA refuses is not counted.
+    A step is :meth:`plan`, which may be repeated, the kernel ``step_captured`` or that of units, which takes
+    the step and counts it, and :meth:`conclude`. So a step that CUDA refuses is not counted.
 
     Parameters
     ----------
@@ -44,14 +49,18 @@ class Clock:
     types : KernelTypes
     step : int
         Steps taken.
-    lrs : sequence of float
-        Learning rates of the next steps; the last is also that of all later ones.
+    lrs : array_like of float, shape (k,) or (sources, k)
+        Learning rates of the next steps, with units of each source; the last is also that of all later ones.
     weight_decay : float
     coefficients : sequence of scalar
         Of any step; those that change from step to step are formed on the device.
     corrections1, inverse_corrections2 : ndarray of float64
         The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
         is also that of all later steps.
+    units : DeviceUnits, optional
+        What is stepped, where it is not all the buffer with one set of coefficients, or is observed.
+    made_for : object
+        Its owner's note.
     """
 
     def __init__(
@@ -62,11 +71,13 @@ class Clock:
         types: KernelTypes,
         *,
         step: int,
-        lrs: Sequence[float],
+        lrs: Any,
         weight_decay: float,
         coefficients: Sequence[Any],
         corrections1: np.ndarray[Any, np.dtype[np.float64]],
         inverse_corrections2: np.ndarray[Any, np.dtype[np.float64]],
+        units: DeviceUnits | None = None,
+        made_for: object = None,
     ) -> None:
         spare = np.zeros(1, types.dtype)  # where a kernel puts what this rule does not have
         parts = [
@@ -78,6 +89,7 @@ class Clock:
         ]
         image = np.concatenate([part.view(np.uint8) for part in parts])
         self.backend, self.device, self.stream, self.types = backend, device, stream, types
+        self.units, self.made_for = units, made_for
         self._memory = backend.to_device(image, device, stream)
         address = backend.address(self._memory)
         sizes = [part.nbytes for part in parts]
@@ -85,7 +97,7 @@ class Clock:
             address + sum(sizes[:k]) for k in range(len(sizes))
         )
         at_skip = at_step + 8
-        self.arguments = (at_coefficients, at_step, at_skip)  # the last ones of step_captured
+        self.arguments = (at_coefficients, at_step, at_skip)  # of the kernel of a step
         self._reports_from = sum(sizes[:3])
 
         names = types.coefficients
@@ -98,7 +110,7 @@ class Clock:
         self._scratch: Any = None
         self._scratch_bytes = 0
         self.attempts = 0  # steps queued
-        self.looked = [False] * REPORTS  # of each report: whether it has a norm
+        self.looked = [False] * REPORTS  # of each report: whether gradients were read before
         self.set_lrs(lrs, step, stream)
 
     def _kernel(self, entry: str) -> Any:
@@ -112,23 +124,40 @@ class Clock:
         if look.scale_there is not None:
             place = look.scale_there.pointer
             scale = (look.grad_scale, place, place, look.scale_there.dtype.itemsize)
-        slot = self._reports + self.attempts % REPORTS * 8 * len(Report._fields)
-        form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, slot)
+        form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, self._slot)
         if not look.reads_gradients_first:
             launches = [(self._kernel("form_coefficients"), 1, 1, form)]
         else:
-            chunks = -(-grads.size // CHUNK)
-            sums = self._have_scratch(chunks, stream)
-            blocks = grids.tree_blocks(chunks, self.backend.resident_threads(self.device))
+            launches, sums, left = self._measure(grads, stream)
             clips, limit = look.max_grad_norm is not None, look.max_grad_norm or 0.0
-            decide = (sums, chunks, int(clips), limit, int(look.skips), *form)
-            launches = [
-                (self._kernel("measure"), blocks, grids.BLOCK, (grads.pointer, grads.size, sums)),
-                (self._kernel("decide"), 1, grids.BLOCK, decide),
-            ]
+            decide = (sums, left, int(clips), limit, int(look.skips), *form)
+            launches.append((self._kernel("decide"), 1, grids.BLOCK, decide))
+        if self.units is not None:
+            launches.append(self.units.form(*self._before_lrs, self._lr_arguments))
+            if look.clears_all:
+                launches += self.units.clear_gaps(grads.pointer)
         return partial(self._queue, launches, look, stream)
 
-    def _queue(self, launches: list[tuple[Any, int, int, tuple[Any, ...]]], look: Look, stream: int) -> None:
+    def conclude(self) -> list[Launch]:
+        """Return what is to be queued behind the step that is planned."""
+        return [] if self.units is None else self.units.conclude(self.arguments[-1], self._slot)
+
+    @property
+    def _slot(self) -> int:
+        """Where the report of the next step goes."""
+        return self._reports + self.attempts % REPORTS * 8 * len(Report._fields)
+
+    def _measure(self, grads: DeviceBuffer, stream: int) -> tuple[list[Launch], int, int]:
+        """Return the pass over the gradients, where its sums lie, and how many they are."""
+        if self.units is not None:
+            return self.units.measure(grads.pointer)
+        chunks = -(-grads.size // CHUNK)
+        sums = self._have_scratch(chunks, stream)
+        blocks = grids.tree_blocks(chunks, self.backend.resident_threads(self.device))
+        arguments = (grads.pointer, grads.size, sums)
+        return [(self._kernel("measure"), blocks, grids.BLOCK, arguments)], sums, chunks
+
+    def _queue(self, launches: list[Launch], look: Look, stream: int) -> None:
         self.stream = stream
         there = look.scale_there
         if there is not None and there.stream is not None and not same_stream(stream, there.stream):
@@ -150,19 +179,22 @@ class Clock:
             self._scratch_bytes = needed
         return self.backend.address(self._scratch)
 
-    def set_lrs(self, lrs: Sequence[float], step: int, stream: int) -> None:
+    def set_lrs(self, lrs: Any, step: int, stream: int) -> None:
         """Give the learning rates of the steps after ``step``; waits for their copy."""
         table = np.array(lrs, np.float64)
         # The one before is kept: steps that are queued read it.
         self._kept, self._lrs = (
             getattr(self, "_lrs", None),
-            self.backend.to_device(table.view(np.uint8), self.device, stream),
+            self.backend.to_device(table.reshape(-1).view(np.uint8), self.device, stream),
         )
-        self._lr_arguments = (self.backend.address(self._lrs), step, table.size)
-        self.lrs_until = self.attempts + table.size
+        self._lr_arguments = (self.backend.address(self._lrs), step, table.shape[-1])
+        self.lrs_until = self.attempts + table.shape[-1]
 
     def set_lr(self, lr: float, stream: int) -> None:
-        """Queue: change the learning rate of what is queued later, here or on the last step's stream."""
+        """Queue: change the learning rate of what is queued later, here or on the last step's stream.
+
+        Of several sources, that of the first; each has one learning rate.
+        """
 
         def queue() -> None:
             place = self._lr_arguments[0]

@@ -84,6 +84,19 @@ def sum_level(squares: Any, nonfinite: Any, sums: Any, source: int, size: int, t
 
 
 @cuda.jit(device=True)
+def sum_all(squares: Any, nonfinite: Any, sums: Any, source: int, left: int) -> Any:
+    """Sum what lies from pair ``source`` on by the tree, level by level; one block, all of it."""
+    while left > 1:
+        sum_level(squares, nonfinite, sums, source, left, source + left)
+        source += left
+        left = (left + CHUNK - 1) // CHUNK
+    total, count = 0.0, 0.0
+    if left == 1:
+        total, count = sums[2 * source], sums[2 * source + 1]
+    return total, count
+
+
+@cuda.jit(device=True)
 def scale_of(value: float, narrow: Any, wide: Any, nbytes: int) -> Any:
     """Return a scale of the host, times one of 4 or 8 bytes in device memory, if there is one."""
     if nbytes == 4:
@@ -129,7 +142,7 @@ def form(
     coefficients[clip_at] = factor
     skip[0] = skipped
     report[0], report[1], report[2] = norm, factor, skipped
-    report[3], report[4], report[5] = nonfinite, taken + 1 - skipped, lr
+    report[3], report[4], report[5], report[6] = nonfinite, taken + 1 - skipped, lr, scale
 
 
 def form_coefficients(
@@ -157,16 +170,9 @@ def decide(
     """Sum what ``measure`` left, level by level, and decide; one block."""
     squares = cuda.shared.array(BLOCK, float64)  # in two lines: the simulator tells them by their line
     nonfinite = cuda.shared.array(BLOCK, float64)
-    source = 0
-    while left > 1:
-        sum_level(squares, nonfinite, sums, source, left, source + left)
-        source += left
-        left = (left + CHUNK - 1) // CHUNK
+    total, count = sum_all(squares, nonfinite, sums, 0, left)
     if cuda.threadIdx.x != 0:
         return
-    total, count = 0.0, 0.0
-    if left == 1:
-        total, count = sums[2 * source], sums[2 * source + 1]
     by = scale_of(scale, scale32, scale64, scale_bytes)
     norm = rules.grad_norm(total, by)
     factor = 1.0

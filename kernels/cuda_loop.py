@@ -131,8 +131,8 @@ if hasattr(cuda, "extending"):
 # --- Kernels ------------------------------------------------------------------------------------------------
 
 
-def _make_part(kind: type, start: int, stop: int) -> Any:
-    """Return the device function: all coefficients -> one part of an update."""
+def make_part(kind: type, start: int, stop: int) -> Any:
+    """Return the device function: coefficients -> one part of an update, of some of them."""
     if kind is type(None):
 
         def part(values: Any) -> Any:
@@ -155,7 +155,7 @@ def _make_update(kinds: KernelTypes) -> Any:
     """Return the device function: all coefficients -> :class:`rules.Update`."""
     stops = list(accumulate(len(getattr(kind, "_fields", ())) for kind in kinds.parts))
     starts = [0, *stops[:-1]]
-    conditioning, direction, decay, rule, average = map(_make_part, kinds.parts, starts, stops)
+    conditioning, direction, decay, rule, average = map(make_part, kinds.parts, starts, stops)
 
     @cuda.jit(device=True)
     def make_update(values: Any) -> Any:

@@ -20,11 +20,25 @@ from cuda import pathfinder
 from cuda.bindings import driver, nvjitlink
 from numba import cuda, types
 
-from . import cubins, cuda_decide, cuda_loop
+from . import cubins, cuda_decide, cuda_loop, cuda_units_decide, cuda_units_loop
 from .compiling import digest
-from .cuda import CLOCK_ENTRIES, LEGACY_STREAM, Array, Cuda, Event, Kernel, KernelTypes
+from .cuda import (
+    CLOCK_ENTRIES,
+    LEGACY_STREAM,
+    UNIT_ENTRIES,
+    UNIT_STEPS,
+    Array,
+    Cuda,
+    Event,
+    Kernel,
+    KernelTypes,
+)
 
 _LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
+
+_MOST_REGISTERS = {("step_units_observed", "float32"): 128}
+"""Of a kernel and dtype that take up to 136 if they are not told, of which one block fits a multiprocessor,
+not two. In float64 it would spill."""
 
 _C_TYPES: dict[type, Any] = {
     int: ctypes.c_int64,
@@ -34,33 +48,50 @@ _C_TYPES: dict[type, Any] = {
 }
 
 
+_INTEGER, _DOUBLE = types.int64, types.float64
+_INTEGERS, _DOUBLES = types.CPointer(_INTEGER), types.CPointer(_DOUBLE)
+_SCALE = (_DOUBLE, types.CPointer(types.float32), _DOUBLES, _INTEGER)
+_LRS = (_DOUBLES, _INTEGER, _INTEGER)
+_TABLES = (_DOUBLES, _INTEGER, _DOUBLES, _INTEGER)
+
+
 def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     number = types.float32 if kinds.dtype == np.float32 else types.float64
-    pointer, of_double = types.CPointer(number), types.CPointer(types.float64)
-    integer, double = types.int64, types.float64
-    if entry == "set_lr":
-        return (of_double, double)
-    if entry == "accumulate":
-        return (pointer, pointer, integer, integer)
-    if entry == "measure":
-        return (pointer, integer, of_double)
-    if entry in {"form_coefficients", "decide"}:
-        of_integer, places = types.CPointer(integer), (integer,) * 5
-        scale = (double, types.CPointer(types.float32), of_double, integer)
-        lrs, tables = (of_double, integer, integer), (of_double, integer, of_double, integer)
-        form = (*scale, of_integer, *lrs, double, *tables, pointer, *places, of_integer, of_double)
-        return form if entry == "form_coefficients" else (of_double, integer, integer, double, integer, *form)
-    states = types.UniTuple(pointer, kinds.n_states)
-    buffers = (pointer, pointer, states, integer, integer, integer)
+    pointer = types.CPointer(number)
+    form = (*_SCALE, _INTEGERS, *_LRS, _DOUBLE, *_TABLES, pointer, *[_INTEGER] * 5, _INTEGERS, _DOUBLES)
+    without_rule = {
+        "set_lr": (_DOUBLES, _DOUBLE),
+        "accumulate": (pointer, pointer, _INTEGER, _INTEGER),
+        "measure": (pointer, _INTEGER, _DOUBLES),
+        "form_coefficients": form,
+        "decide": (_DOUBLES, _INTEGER, _INTEGER, _DOUBLE, _INTEGER, *form),
+        "measure_units": (pointer, _INTEGERS, _INTEGER, _DOUBLES),
+        "sum_groups": (_DOUBLES, _INTEGERS, _INTEGER, _DOUBLES, _INTEGER, _INTEGER),
+        "form_rows": (pointer, _INTEGER, _INTEGERS, _DOUBLES, _DOUBLES, _INTEGER, _INTEGERS, *_LRS),
+        "conclude": (_DOUBLES, _INTEGER, _INTEGER, _INTEGERS, _DOUBLES),
+        "clear_units": (pointer, _INTEGERS, _INTEGER),
+    }
+    if entry in without_rule:
+        return without_rule[entry]
+    buffers = (pointer, pointer, types.UniTuple(pointer, kinds.n_states))
+    decided = (pointer, _INTEGERS, _INTEGERS)
+    if entry in UNIT_STEPS:
+        tables = (_INTEGERS, _INTEGERS, _INTEGER, pointer)
+        sums = (_DOUBLES, _INTEGER) if entry == "step_units_observed" else ()
+        return (*buffers, *tables, *decided, *sums)
+    layout = (_INTEGER,) * 3
     if entry == "step_captured":
-        return (*buffers, pointer, types.CPointer(integer), types.CPointer(integer))
-    return (*buffers, types.UniTuple(number, len(kinds.coefficients)))
+        return (*buffers, *layout, *decided)
+    return (*buffers, *layout, types.UniTuple(number, len(kinds.coefficients)))
 
 
 def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
-    if entry in CLOCK_ENTRIES:
-        function: Callable[..., None] = getattr(cuda_decide, entry)
+    if entry in CLOCK_ENTRIES + UNIT_ENTRIES:
+        module = cuda_decide if entry in CLOCK_ENTRIES else cuda_units_decide
+        function: Callable[..., None] = getattr(module, entry)
         return function
+    if entry in UNIT_STEPS:
+        return cuda_units_loop.make_step_units(kinds, observed=entry == "step_units_observed")
     return cuda_loop.make_step(kinds, captured=entry == "step_captured")
 
 
@@ -70,7 +101,7 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
     Parameters
     ----------
     entry : str
-        ``"step"``, ``"step_captured"`` or one of ``CLOCK_ENTRIES``.
+        ``"step"``, ``"step_captured"`` or one of ``CLOCK_ENTRIES``, ``UNIT_STEPS`` and ``UNIT_ENTRIES``.
     kinds : KernelTypes
     capability : tuple of int
         Of the device, (major, minor).
@@ -88,7 +119,9 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
         debug=False,
         opt=True,
     )
-    return _link(code, entry, f"sm_{capability[0]}{capability[1]}", *options)
+    registers = _MOST_REGISTERS.get((entry, kinds.dtype.name))
+    limit = () if registers is None else (f"-maxrregcount={registers}",)
+    return _link(code, entry, f"sm_{capability[0]}{capability[1]}", *limit, *options)
 
 
 def _link(code: bytes, entry: str, architecture: str, *options: str) -> bytes:

@@ -4,6 +4,9 @@
 ``form_coefficients`` or ``decide`` formed them from the step counter and the learning rate there, and counts
 itself: a captured CUDA graph replays both. ``measure`` is the pass over all gradients for ``decide``;
 ``set_lr`` changes the learning rate, in stream order.
+
+Where there are units, a step is ``step_units``, or ``step_units_observed``, which has sums of what it sees;
+what surrounds it is in ``kernels/rows.cu``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from . import grids, rules
 from .cuda import KernelTypes
 from .translation import Function, translate
 from .tree import CHUNK, LANES
+from .units import COLUMNS
 
 OPTIONS = ("--std=c++20",)
 """For NVRTC, which knows C++20 from CUDA 12 on."""
@@ -28,21 +32,23 @@ _TYPES = {
 
 
 @cache
-def source(types: KernelTypes) -> str:
+def source(types: KernelTypes, *, units: bool = False) -> str:
     """Return the source of the kernels for some types, of float32 or float64.
 
-    With 1 to 3 states it has ``step`` and ``step_captured``; with none, the others.
+    With states it has ``step`` and ``step_captured``; with none, the others. With ``units`` it has those of
+    ``UNIT_STEPS``, or of ``UNIT_ENTRIES``.
     """
-    loop = _read("step.cu")
+    parts = [_TYPES[types.dtype.name], _read("step.cu")]
+    if units or not types.n_states:
+        parts += [_sizes(), _read("tree.cu")]
     if not types.n_states:
         formed = (rules.step_size, rules.lr_times_weight_decay, rules.clip_factor)
         schedule = [translate(function, {}) for function in formed]
-        sizes = (
-            f"constexpr int THREADS = {grids.BLOCK}, RESIDENT = {grids.RESIDENT}, TREE_LANES = {LANES};\n"
-            f"constexpr long long CHUNK = {CHUNK};\n"
-            f"constexpr double CLIP_EPS = {rules.CLIP_EPS!r};"
+        if units:
+            return "\n\n".join([*parts, *schedule, _read("rows.cu")])
+        return "\n\n".join(
+            [*parts, *schedule, f"constexpr double CLIP_EPS = {rules.CLIP_EPS!r};", _read("clock.cu")]
         )
-        return "\n\n".join([_TYPES[types.dtype.name], loop, *schedule, sizes, _read("clock.cu")])
     transforms = (types.conditioning, types.direction, types.decay)
     choices: dict[Function, dict[type, Function]] = {
         rules.transform: {kind: rules.TRANSFORMS[kind] for kind in transforms},
@@ -52,45 +58,118 @@ def source(types: KernelTypes) -> str:
         rules.join: {},
     }
     equation = translate(rules.update, choices)
-    return "\n\n".join([_TYPES[types.dtype.name], loop, equation, _steps(types)])
+    if units:
+        seen = translate(rules.vanishes, {})
+        return "\n\n".join([*parts, equation, seen, _read("units.cu"), _unit_steps(types)])
+    return "\n\n".join([*parts, equation, _steps(types)])
+
+
+def _sizes() -> str:
+    return f"""constexpr int THREADS = {grids.BLOCK}, TREE_LANES = {LANES};
+constexpr long long CHUNK = {CHUNK};
+enum {{ RESIDENT = {grids.RESIDENT}, COLUMNS = {len(COLUMNS)} }};
+enum {{ {", ".join(f"{name.upper()}_AT" for name in COLUMNS)} }};"""
 
 
 def _read(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _steps(types: KernelTypes) -> str:
-    kinds = ["None" if kind is type(None) else kind.__name__ for kind in types.parts]
-    members = " ".join(f"{kind} {name};" for kind, name in zip(kinds, rules.Update._fields, strict=True))
-    values = [f"c{k}" for k in range(len(types.coefficients))]
-    stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
+def _kinds(types: KernelTypes) -> list[str]:
+    return ["None" if kind is type(None) else kind.__name__ for kind in types.parts]
 
+
+def _update(kinds: list[str]) -> str:
+    members = " ".join(f"{kind} {name};" for kind, name in zip(kinds, rules.Update._fields, strict=True))
+    return f"struct Update {{ {members} }};"
+
+
+def _braced(types: KernelTypes, values: list[str]) -> list[str]:
+    """Return the coefficients of each part of an update, as C++ has a struct of them."""
+    left = iter(values)
+    parts = [[next(left) for _ in getattr(kind, "_fields", ())] for kind in types.parts]
+    return [f"{{{', '.join(part)}}}" for part in parts]
+
+
+def _buffers(types: KernelTypes) -> str:
     moments = ", ".join(f"Real* state{k}" for k in range(types.n_states))
     grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
-    buffers = f"Real* params, {grads}, {moments}, long long size, long long head, long long packs"
-    count = "\n    if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
-    resident = grids.RESIDENT if types.dtype.itemsize == 4 else grids.RESIDENT_WIDE
+    return f"Real* params, {grads}, {moments}"
 
-    def kernel(resident: int) -> str:
-        return f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
+
+def _states(types: KernelTypes) -> str:
+    return f"Real* const states[] = {{{', '.join(f'state{k}' for k in range(types.n_states))}}};"
+
+
+_COUNT = "if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
+
+
+def _resident(types: KernelTypes) -> int:
+    return grids.RESIDENT if types.dtype.itemsize == 4 else grids.RESIDENT_WIDE
+
+
+def _kernel(resident: int) -> str:
+    return f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
+
+
+def _steps(types: KernelTypes) -> str:
+    values = [f"c{k}" for k in range(len(types.coefficients))]
+    stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
+    buffers = f"{_buffers(types)}, long long size, long long head, long long packs"
 
     def body(skip: str, coefficients: list[str], last: str = "") -> str:
-        left = iter(coefficients)
-        parts = [[next(left) for _ in getattr(kind, "_fields", ())] for kind in types.parts]
         return f"""{{
-    Real* const states[] = {{{", ".join(f"state{k}" for k in range(types.n_states))}}};
-    const Update c{{{", ".join(f"{{{', '.join(part)}}}" for part in parts)}}};
+    {_states(types)}
+    const Update c{{{", ".join(_braced(types, coefficients))}}};
     step_elements(params, grads, states, size, head, packs, {skip}, [&](Real param, Real grad, auto state) {{
         return update(param, grad, state, c);
     }});{last}
 }}"""
 
+    passed = ", ".join(f"Real {value}" for value in values)
     return f"""
-struct Update {{ {members} }};
+{_update(_kinds(types))}
 
-{kernel(resident)} step({buffers}, {", ".join(f"Real {value}" for value in values)}) {body("false", values)}
+{_kernel(_resident(types))} step({buffers}, {passed}) {body("false", values)}
 
-{kernel(resident - grids.FEWER_CAPTURED)}
+{_kernel(_resident(types) - grids.FEWER_CAPTURED)}
 step_captured({buffers}, const Real* coefficients, long long* step, const long long* skip)
-{body("*skip", stored, count)}
+{body("*skip", stored, f"{chr(10)}    {_COUNT}")}
 """
+
+
+def _unit_steps(types: KernelTypes) -> str:
+    kinds, decays = _kinds(types), types.decay is not type(None)
+    if decays:
+        kinds[2] = f"Perhaps<{kinds[2]}>"
+    parts = _braced(types, [f"coefficients[{k}]" for k in range(len(types.coefficients))])
+    parts[2] = "{{row[0]}, row[0] == row[0]}" if decays else "{}"
+    parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, len(COLUMNS)))}}}"
+    tables = "const long long* pieces, const long long* first_piece, long long chunks, const Real* rows"
+    decided = "const Real* coefficients, long long* step, const long long* skip"
+
+    def kernel(name: str, resident: int, more: str, begin: str, seen: str) -> str:
+        return f"""
+{_kernel(resident)}
+{name}({_buffers(types)}, {tables}, {decided}{more}) {{
+    {begin}{_states(types)}
+    step_chunks(params, grads, states, Pieces{{pieces, first_piece, chunks}}, *skip, [&](long long at) {{
+        const Real* const row = rows + COLUMNS * at;
+        return Update{{{", ".join(parts)}}};
+    }}, {seen});
+    {_COUNT}
+}}"""
+
+    return "\n".join(
+        [
+            _update(kinds),
+            kernel("step_units", _resident(types) - grids.FEWER_CAPTURED, "", "", "Unobserved{}"),
+            kernel(
+                "step_units_observed",
+                _resident(types) - grids.FEWER_OBSERVED,
+                ", Sums* sums, long long apart",
+                "__shared__ Sums lanes[KINDS][THREADS];\n    ",
+                "Observed{lanes, sums, apart, {}}",
+            ),
+        ]
+    )

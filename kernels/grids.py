@@ -27,6 +27,10 @@ one has them in constant memory: for as many blocks it spills up to 32 bytes in 
 (sm_100). This is a bound: one that needs few registers, as most do on sm_90, takes few, and more of its
 blocks fit."""
 
+FEWER_OBSERVED = 2
+"""The same for a step that has sums of what it sees, five to a thread: for one block more it spills 16 bytes
+in float32 (sm_80)."""
+
 WAVES = 8
 """The most blocks of a grid, in multiples of what the device holds at once; threads of a full grid loop."""
 

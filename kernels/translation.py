@@ -30,8 +30,12 @@ _OPERATORS: dict[type[ast.AST], str] = {
     ast.NotEq: "!=",
 }
 
+_CONSTANTS: dict[type, str] = {bool: "false", int: "Real{}"}
+"""False and 0, the only ones that there are."""
+
 _ALLOWED = (
-    "assignments, one return, + - * /, comparisons, conditional expressions, tuples, sqrt and calls of rules"
+    "assignments, one return, + - * /, comparisons, and, 0, False, conditional expressions, tuples, sqrt and"
+    " calls of rules"
 )
 
 
@@ -133,6 +137,10 @@ class _Body:
                 return f"({self._expression(left)} {_OPERATORS[type(operator)]} {self._expression(right)})"
             case ast.Compare(left=left, ops=[operator], comparators=[right]) if type(operator) in _OPERATORS:
                 return f"({self._expression(left)} {_OPERATORS[type(operator)]} {self._expression(right)})"
+            case ast.BoolOp(op=ast.And(), values=conditions):
+                return f"({' && '.join(self._expression(condition) for condition in conditions)})"
+            case ast.Constant(value=False | 0 as value) if type(value) in _CONSTANTS:
+                return _CONSTANTS[type(value)]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return f"(-{self._expression(operand)})"
             case ast.IfExp(test=test, body=body, orelse=orelse):

@@ -36,6 +36,21 @@ UNIT_COST = 128
 """Elements that could be stepped in the time that it takes to begin a unit and to end it."""
 
 
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class RowTables(NamedTuple):
+    """What the coefficients of all rows are formed from where steps are counted, in GPU memory."""
+
+    coefficients: np.ndarray[
+        Any, np.dtype[Any]
+    ]  # shape (rows, len(COLUMNS)): those that never change are right
+    places: Integers  # shape (rows, 5): the source of the learning rate, (first, count) of both corrections
+    weight_decays: Numbers  # shape (rows,); NaN for none
+    corrections: Numbers  # tables of bias corrections of first moments, and of the inverses of the second's
+    decoupled: bool  # whether decays follow the learning rates
+
+
 class Shares(NamedTuple):
     """Units in shares: share ``k`` takes the units from ``first[k]`` up to, without, ``first[k + 1]``."""
 
@@ -72,6 +87,12 @@ class Units:
         self.runs: Integers = np.stack([starts[begins], stops[ends]], axis=1)
         self._units = cut(units, (starts + (-starts % ALIGNMENT))[stops - starts >= ALIGN_FROM])
         self._shares: dict[int, Shares] = {}
+
+    def gaps(self, size: int) -> Units:
+        """Return what no unit covers of a buffer."""
+        starts, stops = np.append(0, self.runs[:, 1]), np.append(self.runs[:, 0], size)
+        gaps = np.stack([starts, stops, np.zeros_like(starts)], axis=1)
+        return Units(gaps[starts < stops])
 
     def shares(self, count: int) -> Shares:
         """Return the units in at most ``count`` shares of about equal work."""

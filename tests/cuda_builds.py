@@ -26,16 +26,20 @@ from numba.cuda import dispatcher
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import cuda_numba, cuda_source
-from fastadam.kernels.cuda import CLOCK_ENTRIES, KernelTypes
+from fastadam.kernels.cuda import CLOCK_ENTRIES, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
 
 BACKENDS = ["cupy", "numba-cuda"]
 DTYPES = ["float32", "float64"]
 SUFFIX = {"float32": "f32", "float64": "f64"}
-ENTRIES = ["step", "step_captured", *CLOCK_ENTRIES]
+ENTRIES = ["step", "step_captured", *CLOCK_ENTRIES, *UNIT_STEPS, *UNIT_ENTRIES]
 SM_80, SM_90, SM_100 = (8, 0), (9, 0), (10, 0)
 
 VARIANTS = {flags_id(flags): flags for flags in FLAGS + PHASES}
 """Every combination of flags, and more parts of the phase, by its name."""
+
+_BARE = [{name: flag for name, flag in flags.items() if "decay" not in name} for flags in PHASES[-2:]]
+BARE = {flags_id(flags): flags for flags in ({**flags, "ema_decay": 0.9} for flags in _BARE)}
+"""All parts but weight decay."""
 
 EVERY_PART = ["plain", "l2", "amsgrad-maximize-adamw", "adamw-whole", "amsgrad-maximize-l2-whole"]
 """Variants that have every rule, direction and decay among them, alone and with all other parts."""
@@ -58,7 +62,7 @@ class Build(NamedTuple):
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        return Hyperparameters(**VARIANTS[self.variant])
+        return Hyperparameters(**(VARIANTS | BARE)[self.variant])
 
     @property
     def types(self) -> KernelTypes:
@@ -104,9 +108,17 @@ ELSEWHERE = [
 ]
 """Steps that take the most registers, and spilled on architectures other than the first."""
 
+UNITS = [
+    *(Build(*kind) for kind in product(BACKENDS, UNIT_STEPS, DTYPES, EVERY_PART)),
+    *(Build(*kind) for kind in product(BACKENDS, UNIT_STEPS, DTYPES, EVERY_PART[-2:], [SM_80, SM_100])),
+]
+"""Steps over units."""
+
+SUMMING = ["measure", "decide", "measure_units", "sum_groups", "conclude"]
+
 OTHERS = [
-    *(Build(*kind) for kind in product(BACKENDS, CLOCK_ENTRIES, DTYPES, ["adamw"])),
-    *(Build(*kind) for kind in product(BACKENDS, ["measure", "decide"], DTYPES, ["adamw"], [SM_80, SM_100])),
+    *(Build(*kind) for kind in product(BACKENDS, CLOCK_ENTRIES + UNIT_ENTRIES, DTYPES, ["adamw"])),
+    *(Build(*kind) for kind in product(BACKENDS, SUMMING, DTYPES, ["adamw"], [SM_80, SM_100])),
 ]
 """The kernels whose code is read; of those that know no rule, no variant differs."""
 
@@ -136,7 +148,12 @@ def cubin_of(build: Build) -> bytes:
 
 
 def _cupy_arguments(build: Build) -> tuple[str, tuple[int, int], tuple[str, ...]]:
-    return cuda_source.source(build.types), build.capability, (*cuda_source.OPTIONS, *CUPY_APPENDS)
+    return source_of(build), build.capability, (*cuda_source.OPTIONS, *CUPY_APPENDS)
+
+
+def source_of(build: Build) -> str:
+    """Return the CUDA C++ of the module that holds a kernel."""
+    return cuda_source.source(build.types, units=build.entry in UNIT_STEPS + UNIT_ENTRIES)
 
 
 def plant(statement: str, number: str = "float", name: str = "planted") -> str:

@@ -13,11 +13,14 @@ import sass
 from cuda_builds import compile_cuda, link_cuda
 
 ONE_EACH, TWO_ROOTS, TWO_QUOTIENTS = (1, 1), (2, 1), (1, 2)
-ONE_QUOTIENT = (0, 1)
+ONE_QUOTIENT, TWO_ALONE = (0, 1), (0, 2)
 MANY = (3, 4)
 """Numbers of (roots, quotients): those that the shares follow from, and those to try them on."""
 
-SAMPLES = [ONE_EACH, TWO_ROOTS, TWO_QUOTIENTS, ONE_QUOTIENT, MANY]
+MANY_ALONE = (0, 5)
+"""Of quotients without a root."""
+
+SAMPLES = [ONE_EACH, TWO_ROOTS, TWO_QUOTIENTS, ONE_QUOTIENT, TWO_ALONE, MANY, MANY_ALONE]
 _C = {"f32": ("float", "f"), "f64": ("double", "d")}
 
 
@@ -52,17 +55,21 @@ class Expansions:
     def __init__(self, backend: str, capability: tuple[int, int], suffix: str) -> None:
         measured = _measured(backend, capability)
         self._sample = {sample: measured[_name(suffix, *sample)] for sample in SAMPLES}
-        assert self._by_shares(*MANY) == self._sample[MANY], "shares do not add up"
+        for many in (MANY, MANY_ALONE):
+            assert self._by_shares(*many) == self._sample[many], "shares do not add up"
 
     def arithmetic(self, roots: int, quotients: int) -> Counter[str]:
         if roots == quotients == 0:
             return Counter()
         if (roots, quotients) in self._sample:
             return self._sample[roots, quotients]
-        assert roots > 0 < quotients, "no sample is like this"
+        assert quotients > 0, "no sample is like this"
         return self._by_shares(roots, quotients)
 
     def _by_shares(self, roots: int, quotients: int) -> Counter[str]:
+        if not roots:
+            one, two = self._sample[ONE_QUOTIENT], self._sample[TWO_ALONE]
+            return Counter({name: n + (quotients - 1) * (two[name] - n) for name, n in one.items()})
         once, root, quotient = (self._sample[s] for s in (ONE_EACH, TWO_ROOTS, TWO_QUOTIENTS))
         shares = Counter(once)
         for name, n in once.items():

@@ -64,7 +64,7 @@ def _c(value):
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
 
 
-MEETING = {"measure", "decide"}
+MEETING = {"measure", "decide", "measure_units", "sum_groups", "step_units_observed", "conclude"}
 """Kernels whose threads wait for each other: each gets a thread of its own."""
 
 POOL = ThreadPoolExecutor(256)

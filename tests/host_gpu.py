@@ -36,10 +36,13 @@ class HostGpu(Cuda):
     GRID = 2, 2
     """Blocks, and threads of each: few, so that they loop. No grid affects the bits."""
 
+    OF_WARPS = "step_units", "clear_units"
+    """Kernels that need whole warps, of which the threads do not wait for each other."""
+
     def __init__(self, build: Build, programs: Callable[[Build], Program] = program) -> None:
         self.name = build.backend
         self.memory = Memory()
-        self._build, self._programs = build, programs
+        self._build, self._programs, self._of_warps = build, programs, []
 
     def buffer(self, values: np.ndarray, offset: int) -> DeviceBuffer:
         """Return a copy whose first element lies so many elements behind a 16-byte boundary."""
@@ -52,10 +55,14 @@ class HostGpu(Cuda):
     def kernel(self, entry, types, _device):
         build = self._build._replace(entry=entry)
         assert types == build.types
-        return self._programs(build)
+        kernel = self._programs(build)
+        if entry in self.OF_WARPS:
+            self._of_warps.append(kernel)
+        return kernel
 
     def launch(self, kernel, blocks, threads, args, _device, _stream):
-        grid = (blocks, threads) if threads == 1 or kernel.waits else self.GRID
+        whole = threads == 1 or kernel.waits or kernel in self._of_warps
+        grid = (blocks, threads) if whole else self.GRID
         passed = [np.float64(argument) if type(argument) is float else argument for argument in args]
         kernel.launch(*grid, passed, self.memory)
 

@@ -156,6 +156,7 @@ for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
 for _kind in ("f32", "f64"):  # of a NaN, nothing is true but what is unordered
     EXPRESSIONS[f"setp.ne.{_kind}"] = "{0} < {1} or {0} > {1}"
     EXPRESSIONS[f"setp.neu.{_kind}"] = "{0} != {1}"
+    EXPRESSIONS[f"setp.num.{_kind}"] = "{0} == {0} and {1} == {1}"
 
 
 # --- Programs -----------------------------------------------------------------------------------------------

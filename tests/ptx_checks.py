@@ -27,7 +27,7 @@ def foreign(ops, suffix):
     """
     harmless = re.compile(
         rf"""(add|sub|mul|div|sqrt)\.rn\.{suffix}
-        | (neg|selp|mov|ld\.param|setp\.(lt|le|gt|ge|eq|ne)u?)\.{suffix}
+        | (neg|selp|mov|ld\.param|setp\.(lt|le|gt|ge|eq|ne|num)u?)\.{suffix}
         | (ld|st)\.global(\.v[24])?\.({suffix}|b(32|64))
         | [a-z]+(\.[a-z]+)*(\.[usb](32|64))+  # of integers
         | (and|or|xor|not|mov)\.pred
@@ -63,7 +63,7 @@ def due_of_clock(ops, build):
             return Counter()
         case "accumulate":
             return Counter({f"add.rn.{build.suffix}": ops[f"add.rn.{build.suffix}"]})
-        case "measure":
+        case "measure" | "measure_units":
             n = ops["mul.rn.f64"]
             if by_numba:  # counts in float64; the first 0 plus 1 or 0 is no addition
                 assert adds in (2 * (n + _FOLDS) - 1, 2 * (n + _FOLDS))
@@ -85,7 +85,104 @@ def due_of_clock(ops, build):
             due += Counter({"setp.gt.f64": 1} if by_numba else {"add.f64": 1, "cvt.rn.f64.s64": 1})
             due["cvt.rn.f64.s64"] += 1
             return due + Counter({"cvt.rn.f32.f64": 5} if narrow else {})
+        case "sum_groups":
+            assert adds > _FOLDS
+            return Counter({"add.rn.f64": adds})
+        case "form_rows":  # of which some decays are decoupled
+            n, decays = ops["div.rn.f64"], sum(ops[op] for op in decay)
+            assert 0 < decays < n
+            due = Counter({"div.rn.f64": n, **dict.fromkeys(decay, decays)})
+            return due + Counter({"cvt.rn.f32.f64": 2 * n + decays} if narrow else {})
+        case "conclude":
+            assert adds > _FOLDS
+            due = Counter({"sqrt.rn.f64": 3 if by_numba else 1, "div.rn.f64": 1, "add.rn.f64": adds})
+            return due + Counter({} if by_numba else {"cvt.rn.f64.s64": 1})
+        case "clear_units":
+            return Counter()
     raise ValueError(build.entry)
+
+
+# --- Steps over units ---------------------------------------------------------------------------------------
+
+
+def arithmetic(ops):
+    """Return the additions, multiplications, divisions and roots, fused and approximate ones, too."""
+    return Counter({op: n for op, n in computing(ops).items() if not re.match(r"(neg|selp|setp|cvt)\.", op)})
+
+
+@cache
+def arithmetic_of_an_element(build):
+    """Return what a captured step does with each element."""
+    ops = ops_of(build._replace(entry="step_captured"))
+    n = ops[f"sqrt.rn.{build.suffix}"]
+    found = arithmetic(ops)
+    assert all(times % n == 0 for times in found.values())
+    return Counter({op: times // n for op, times in found.items()})
+
+
+def without_decay(build):
+    """Return a build of the same with no weight decay."""
+    bare = {
+        "l2": "plain",
+        "adamw": "plain",
+        "adamw-whole": "whole",
+        "amsgrad-maximize-adamw": "amsgrad-maximize",
+    }
+    return build._replace(variant=bare.get(build.variant, build.variant.replace("-l2", "")))
+
+
+_SEEN = {  # of each element; CuPy's counts are integers
+    "cupy": Counter({"mul.rn.f64": 3, "sub.rn.f64": 1, "sub.f64": 1, "add.rn.f64": 3}),
+    "numba-cuda": Counter({"mul.rn.f64": 3, "sub.rn.f64": 2, "add.rn.f64": 5}),
+}
+_FOLDED = {"cupy": (3 * _FOLDS,), "numba-cuda": (5 * _FOLDS, _FOLDS)}
+"""Additions of the folds of an observed step: of all sums, or in a loop over them."""
+
+
+def elements_of_units(ops, build):
+    """Return how often the code of a step over units steps an element, if its arithmetic is what it must be.
+
+    CuPy's decays every element and takes what it needs; Numba's has other code for rows without a decay. And
+    Numba's squares a float64 gradient once, where the rule takes it as it was given.
+    """
+    n = ops[f"sqrt.rn.{build.suffix}"]
+    by_numba, has_decay = build.backend == "numba-cuda", build.hyperparameters.weight_decay > 0
+    decayed = arithmetic_of_an_element(build)
+    bare = arithmetic_of_an_element(without_decay(build)) if by_numba and has_decay else decayed
+    observed = build.entry == "step_units_observed"
+    seen = _SEEN[build.backend] if observed else Counter()
+    due = []
+    for k in range(1, n) if bare != decayed else [n]:
+        rule = Counter(
+            {op: k * decayed[op] + (n - k) * bare[op] + n * seen[op] for op in decayed | bare | seen}
+        )
+        due += (
+            [rule + Counter({"add.rn.f64": folds}) for folds in _FOLDED[build.backend]]
+            if observed
+            else [rule]
+        )
+    found = arithmetic(ops)
+    shared = range(n + 1) if by_numba and observed and build.dtype == "float64" else [0]
+    assert any(found + Counter({"mul.rn.f64": squares}) in due for squares in shared), "arithmetic"
+    return n
+
+
+def assert_accesses_of_units(ops, build):
+    """Every element is loaded once, and stored once; coefficients are loaded once."""
+    n, one = elements_of_units(ops, build), build.suffix
+    assert build.capability == SM_90, "newer compilers do not tell zeros from numbers that are stored"
+    buffers = build.types.n_states + 2
+    assert ops[f"ld.global.{one}"] == n * buffers + len(build.types.coefficients), "elements loaded"
+    observed = build.entry == "step_units_observed"
+    sums = (3 if build.backend == "cupy" else 5) if observed and one == "f64" else 0
+    assert ops[f"st.global.{one}"] == n * (buffers - 1) + sums, "elements stored"
+    zeros = ops[f"st.global.u{one[1:]}"]
+    if one == "f64":  # the step counter is as wide, and what is counted
+        zeros -= 1 + (0 if not observed else 3 if build.backend == "cupy" else 1)
+    if build.hyperparameters.zero_grads:
+        assert zeros - n in CLEARED_IN_UNITS, "zeros stored"
+    else:
+        assert zeros == 0, "zeros stored"
 
 
 def copies(ops, access, buffers):
@@ -108,6 +205,10 @@ def n_divisions(build):
 
 CLEARED_WHERE_SKIPPED = (1, 4 + 1)
 """Stores of the loop that clears the gradients of a skipped step: as compilers unroll it, or do not."""
+
+
+CLEARED_IN_UNITS = (1, 4 + 1, 4 + 3)
+"""The same of a step over units."""
 
 
 def bodies(ops, build):

@@ -26,6 +26,7 @@ from cuda_builds import (
     compile_cuda,
     cubin_of,
     plant,
+    source_of,
 )
 from expansions import Expansions
 from ptx_checks import bodies, n_accesses, ops_of
@@ -116,14 +117,29 @@ def test_machine_code_of_a_kernel_without_a_rule(build):
     assert_plain(machine_code(build), ops_of(build), build)
 
 
+OF_A_TERM = {
+    "measure_units": {"DMUL": 1, "DADD": 3, "F2F.F64.F32": 1},
+    "sum_groups": {"DADD": 2},
+}
+"""What a loop of Numba's does with a term, of which its assembler makes more copies than the PTX has."""
+
+
 def assert_plain(names, ops, build):
     """Nothing is fused, flushed or approximate, and floats are converted as the PTX says."""
     suffix = build.suffix if build.entry == "accumulate" else "f64"
     expansions = Expansions(build.backend, build.capability, suffix)
-    assert sass.arithmetic(names) == arithmetic_due(ops, suffix, expansions)
+    due = arithmetic_due(ops, suffix, expansions)
     # NVRTC rounds the clip factor of a step that does not look, which is 1, itself; Numba has in its PTX.
     folded = (build.backend, build.entry, build.dtype) == ("cupy", "form_coefficients", "float32")
     conversions = {"F2F.F64.F32": ops["cvt.f64.f32"], "F2F.F32.F64": ops["cvt.rn.f32.f64"] - folded}
+    found = sass.arithmetic(names)
+    if build.backend == "numba-cuda" and build.entry in OF_A_TERM:
+        term = OF_A_TERM[build.entry]
+        copies = (found["DADD"] - due["DADD"]) // term["DADD"]
+        assert copies >= 0
+        due += Counter({name: n * copies for name, n in term.items() if name.startswith("D")})
+        conversions["F2F.F64.F32"] += copies * (build.dtype == "float32" and "F2F.F64.F32" in term)
+    assert found == due
     assert Counter(name for name in names if name.startswith("F2F")) == +Counter(conversions)
 
 
@@ -181,7 +197,7 @@ def test_no_option_changes_the_machine_code(dtype, options):
     """CuPy flushes subnormals, and NVRTC fuses, unless they are told not to."""
     for entry in ENTRIES:
         build = Build("cupy", entry, dtype, MOST)
-        _, other = compile_cuda(cuda_source.source(build.types), SM_90, (*cuda_source.OPTIONS, *options))
+        _, other = compile_cuda(source_of(build), SM_90, (*cuda_source.OPTIONS, *options))
         assert sass.kernels(cubin_of(build))[entry].code == sass.kernels(other)[entry].code
 
 

@@ -54,7 +54,7 @@ def job(rng, dtype, size, *, looks=True, clips=1, skips=1, spoilt=None, scale_by
     formed = ("step_size", "inv_bias_correction2", "lr_times_weight_decay", "grad_scale", "clip_factor")
     value = 1.0 if scale_bytes else SCALE
     narrow, wide = np.array([SCALE], np.float32), np.array([SCALE])
-    report, skip = np.zeros(6), np.full(1, -1)
+    report, skip = np.zeros(10), np.full(1, -1)
     return {
         "c": (h, dtype),
         "grads": grads,
@@ -108,7 +108,7 @@ def test_decisions_are_those_of_the_cpu(simulated):
             factor = c.clip_factor(norm) if job["clips"] else 1.0
         skipped = bool(job["skips"] and nonfinite)
         assert job["skip"] == [skipped]
-        wanted = [norm, factor, skipped, nonfinite, STEP + 1 - skipped, LR]
+        wanted = [norm, factor, skipped, nonfinite, STEP + 1 - skipped, LR, job["scale"], 0, 0, 0]
         assert_same_bits(job["report"], np.array(wanted, np.float64), f"report of {grads.size}")
         update = c.update(STEP + 1, grad_scale=job["scale"], clip_factor=factor)
         coefficients = np.array([value for part in update if part for value in part])

@@ -116,13 +116,14 @@ def test_no_allocation_copy_or_wait_after_the_first_step(cupy, rng):
 
 
 @MODES
-def test_warmup_compiles_all_that_a_step_needs(cupy, rng, monkeypatch, capturable):
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_warmup_compiles_all_that_a_step_needs(cupy, rng, monkeypatch, capturable, scale):
     flags = {"capturable": capturable, **PHASES[-1]}
-    warmup(backend="cupy", **flags)
+    warmup(backend="cupy", scaled=scale is not None, **flags)
     params, (grads,) = problem(rng, 9, steps=1)
     buffer, sent = cupy.asarray(params), cupy.asarray(grads)
     monkeypatch.setattr(cupy, "RawModule", None)
-    FusedAdam(**flags).step(buffer, sent)
+    FusedAdam(**flags).step(buffer, sent, grad_scale=scale)
 
 
 def test_a_step_replays_the_whole_phase(cupy, rng):

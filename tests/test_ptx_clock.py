@@ -48,7 +48,7 @@ def assert_decides(build, grads, look, programs=program):
         norm = rules.grad_norm(squares, scale)
     factor = c.clip_factor(norm)
     skipped = look.skips and nonfinite > 0
-    wanted = [norm, factor, skipped, nonfinite, 1 - skipped, h.lr]
+    wanted = [norm, factor, skipped, nonfinite, 1 - skipped, h.lr, scale, 0, 0, 0]  # the last, where observed
     assert_same_bits(np.array(clock.report(0)), np.array(wanted, float), f"report of {grads.size}")
     at_coefficients, at_step, at_skip = clock.arguments
     assert gpu.memory.load(at_skip, 1, np.int64) == [skipped]

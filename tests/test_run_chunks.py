@@ -42,10 +42,10 @@ def test_pieces_have_every_element_once_and_lie_in_one_chunk(table):
         assert (pieces[1:, 0] == pieces[:-1, 1]).all()
 
 
-def by_levels(chunks, values):
+def by_levels(chunks, values, tree=array_tree):
     for groups in chunks.levels:
-        values = np.array([array_tree(values[a:b]) for a, b in groups.tolist()])
-    return array_tree(values)
+        values = np.array([tree(values[a:b]) for a, b in groups.tolist()])
+    return tree(values)
 
 
 def test_levels_leave_one_sum_for_each_run(rng):

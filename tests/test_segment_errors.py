@@ -185,15 +185,3 @@ def test_bad_array_in_a_state_dict(array, error, message):
         opt.load_state_dict({**before, "lr": 0.5, "segments": array})
     assert str(caught.value) == message
     np.testing.assert_equal(opt.state_dict(), before)
-
-
-def test_no_segments_on_a_gpu(cupy):
-    from cuda_steps import assert_refused, ones
-
-    message = "segments must be empty on a GPU, for now; got 2. Use one optimizer for each segment."
-    opt = FusedAdam(segments=[Segment(0, 1), Segment(1, 2)])
-    assert_refused(opt, ones(cupy), ones(cupy), ValueError, message)
-    opt = FusedAdam()
-    opt.step(ones(cupy), ones(cupy))
-    opt.segments = [Segment(0, 1), Segment(1, 2)]
-    assert_refused(opt, ones(cupy), ones(cupy), ValueError, message)

@@ -89,13 +89,15 @@ def test_work_on_the_host_does_not_grow_with_the_segments():
     assert len(calls(10)) == len(calls(1000))
 
 
-def test_no_recompilation():
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_no_recompilation(scale):
     segments = [Segment(0, 3, weight_decay=0.1), Segment(5, 6, frozen=True)]
     for features in ({}, FEATURES["all"]):
-        fastadam.warmup(segments=segments, **features)
+        fastadam.warmup(segments=segments, scaled=scale is not None, **features)
         before = loops.serial.signatures, loops.parallel.signatures
         for size in (8, 50_000):
-            one_pass(np.ones(size, np.float32), [np.ones(size, np.float32)] * 3, segments, **features)
+            gradients = [np.ones(size, np.float32)] * 3
+            one_pass(np.ones(size, np.float32), gradients, segments, [scale] * 3, **features)
         assert (loops.serial.signatures, loops.parallel.signatures) == before
 
 

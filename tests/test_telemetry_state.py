@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 
 import numpy as np
 import pytest
-from cuda_steps import ones
 from phase_cases import assert_changes_nothing
 from telemetry_oracle import assert_same, fields, observe, plain, stepped, told
 from tolerances import assert_same_bits
@@ -212,13 +210,6 @@ def test_a_schedule_that_raises():
     opt.step(params, grads)
     message = "lr(2) must be at least 0; got -1.0."
     assert_changes_nothing(opt, [params, grads], ValueError, message, lambda: opt.step(params, grads))
-
-
-def test_no_telemetry_on_a_gpu(cupy):
-    opt = FusedAdam(telemetry=True)
-    message = "telemetry must be False on a GPU, for now; got True."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        opt.step(ones(cupy), ones(cupy))
 
 
 # --- Compiling ----------------------------------------------------------------------------------------------

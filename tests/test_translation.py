@@ -62,6 +62,18 @@ def test_every_expression():
     )
 
 
+def both(x, y):
+    return x == y if x != 0 and y > 0 else False
+
+
+def test_conditions():
+    assert translate(both, {}) == (
+        "DEVICE auto both(auto x, auto y) {\n"
+        "    return (((x != Real{}) && (y > Real{})) ? (x == y) : false);\n"
+        "}"
+    )
+
+
 def literal(x):
     return x * 2.0
 
@@ -106,7 +118,17 @@ def subscript(x):
     return x[0]
 
 
+def other_constants(x):
+    return x if x != 1 else True
+
+
+def either(x):
+    return x if x > 0 or x < 0 else -x
+
+
 REFUSED = {
+    other_constants: "1",
+    either: "x > 0 or x < 0",
     literal: "2.0",
     loop: "for _ in range(3):\n    x = x * x",
     branch: "if x > x:\n    x = -x",
@@ -125,6 +147,6 @@ def test_refused(function):
     with pytest.raises(TypeError) as caught:
         translate(function, {})
     assert str(caught.value) == (
-        f"{function.__name__} must use only assignments, one return, + - * /, comparisons, conditional"
-        f" expressions, tuples, sqrt and calls of rules; got {REFUSED[function]!r}."
+        f"{function.__name__} must use only assignments, one return, + - * /, comparisons, and, 0, False,"
+        f" conditional expressions, tuples, sqrt and calls of rules; got {REFUSED[function]!r}."
     )

@@ -1,0 +1,142 @@
+"""Units in device memory: the tables of a step over them, and what is queued around it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from . import grids
+from .cuda import Cuda, KernelTypes
+from .run_chunks import RunChunks
+from .tree import CHUNK
+from .units import Integers, RowTables, Units
+
+Launch: TypeAlias = tuple[Any, int, int, tuple[Any, ...]]
+"""A kernel, blocks, threads of each, and arguments."""
+
+_PAIR = 16
+"""Bytes of a sum of squares and a count."""
+
+
+class DeviceUnits:
+    """Units of buffers of one size, each with a row of coefficients.
+
+    All tables are made here, none later; a kernel is compiled when a launch of it is asked for. No method
+    queues anything.
+
+    Parameters
+    ----------
+    backend : Cuda
+    device, stream : int
+        Where, and in which order, it is made.
+    types : KernelTypes
+        With the decay that any row has.
+    size : int
+        Elements of the buffers.
+    units : Units
+    rows : RowTables
+        Of the coefficients.
+    observed : bool
+        Whether a step has sums of what it sees.
+    """
+
+    def __init__(
+        self,
+        backend: Cuda,
+        device: int,
+        stream: int,
+        types: KernelTypes,
+        size: int,
+        units: Units,
+        rows: RowTables,
+        *,
+        observed: bool,
+    ) -> None:
+        self.observed = observed
+        self._backend, self._device, self._types = backend, device, types
+        chunks = RunChunks(units)
+        self._chunks, self._rows = len(chunks.bounds), len(rows.places)
+        gaps = RunChunks(units.gaps(size)).bounds
+        self._gaps = len(gaps)
+        self._resident = backend.resident_threads(device)
+
+        tables: list[Any] = [chunks.bounds, chunks.pieces, chunks.first_piece, gaps, rows.places]
+        tables += [rows.weight_decays, rows.corrections, *chunks.levels, rows.coefficients]
+        flat = [np.ascontiguousarray(table).reshape(-1).view(np.uint8) for table in tables]
+        self._memory = backend.to_device(np.concatenate(flat), device, stream)
+        ends = np.cumsum([table.size for table in flat])
+        starts = [int(at) + backend.address(self._memory) for at in np.append(0, ends[:-1])]
+        self._bounds, self._pieces, self._first, self._gaps_at, self._places = starts[:5]
+        self._weight_decays, self._corrections = starts[5:7]
+        self._coefficients, self._decoupled = starts[-1], int(rows.decoupled)
+
+        self._levels: list[tuple[int, int]] = [
+            (at, len(groups)) for at, groups in zip(starts[7:-1], chunks.levels, strict=True)
+        ]
+        self._apart = _sums_of(self._chunks, chunks.levels)
+        arrays = 3 if observed else 1
+        self._sums_memory = backend.zeros(_PAIR * arrays * self._apart, device, stream)
+        self._sums = backend.address(self._sums_memory)
+
+    @property
+    def step_entry(self) -> str:
+        """The kernel of a step."""
+        return "step_units_observed" if self.observed else "step_units"
+
+    def _kernel(self, entry: str) -> Any:
+        types = self._types if entry == self.step_entry else self._types.of_clock
+        return self._backend.kernel(entry, types, self._device)
+
+    def _over_chunks(self, entry: str, chunks: int, arguments: tuple[Any, ...]) -> Launch:
+        return self._kernel(entry), grids.tree_blocks(chunks, self._resident), grids.BLOCK, arguments
+
+    def _sum_levels(self, arrays: int) -> tuple[list[Launch], int, int]:
+        """Return the launches that leave a sum for each run, where these lie, and how many they are."""
+        launches, source, left = [], self._sums, self._chunks
+        for groups, count in self._levels:
+            to = source + _PAIR * left
+            arguments = (source, groups, count, to, arrays, self._apart)
+            launches.append(self._over_chunks("sum_groups", count, arguments))
+            source, left = to, count
+        return launches, source, left
+
+    def measure(self, grads: int) -> tuple[list[Launch], int, int]:
+        """Return the pass over the gradients, where its sums lie, and how many they are."""
+        arguments = (grads, self._bounds, self._chunks, self._sums)
+        levels, sums, left = self._sum_levels(1)
+        return [self._over_chunks("measure_units", self._chunks, arguments), *levels], sums, left
+
+    def form(self, step: int, lrs: tuple[int, int, int]) -> Launch:
+        """Return what forms the coefficients of the next step, from the step counter and learning rates."""
+        tables = (self._places, self._weight_decays, self._corrections, self._decoupled)
+        blocks = grids.blocks(self._rows, 0, 1, self._resident)
+        arguments = (self._coefficients, self._rows, *tables, step, *lrs)
+        return self._kernel("form_rows"), blocks, grids.BLOCK, arguments
+
+    def clear_gaps(self, grads: int) -> list[Launch]:
+        """Return what clears the gradients that no unit covers."""
+        arguments = (grads, self._gaps_at, self._gaps)
+        return [self._over_chunks("clear_units", self._gaps, arguments)] if self._gaps else []
+
+    def step(self, pointers: tuple[int, ...], decided: tuple[int, ...]) -> Launch:
+        """Return the step of some buffers; ``decided`` is what a clock has for it."""
+        tables = (self._pieces, self._first, self._chunks, self._coefficients)
+        seen = (self._sums, self._apart) if self.observed else ()
+        return self._over_chunks(self.step_entry, self._chunks, (*pointers, *tables, *decided, *seen))
+
+    def conclude(self, skip: int, report: int) -> list[Launch]:
+        """Return what sums up what a step has seen, and reports it."""
+        if not self.observed:
+            return []
+        levels, sums, left = self._sum_levels(3)
+        arguments = (sums, left, self._apart, skip, report)
+        return [*levels, (self._kernel("conclude"), 1, grids.BLOCK, arguments)]
+
+
+def _sums_of(chunks: int, levels: list[Integers]) -> int:
+    """Return the sums of all levels of the tree."""
+    sizes = [chunks, *map(len, levels)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // CHUNK))
+    return max(1, sum(sizes))

@@ -1,0 +1,292 @@
+"""The Numba-CUDA kernels of a step over units, as ``kernels/units.cu`` does it.
+
+A warp takes a chunk of a run at a time, and each of its lanes the elements that the tree of
+:mod:`fastadam.kernels.norms` gives to it, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numba import cuda, float64
+
+from . import rules
+from .cuda import KernelTypes
+from .cuda_loop import make_part, pick, update_lane, update_lanes
+from .grids import BLOCK, PACK
+from .storage import load, store
+from .tree import LANES
+from .units import COLUMNS
+
+_WARPS = BLOCK // LANES
+_WIDTH = len(COLUMNS)
+
+SEEN = 5
+"""Sums of what a step sees: of squares of gradients, updates and parameters, and counts of what is not finite
+and of what vanished. All in float64."""
+
+_SHARED = SEEN * BLOCK
+
+
+# --- Coefficients -------------------------------------------------------------------------------------------
+
+
+def _make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
+    """Return the device functions: coefficients of all, and of a row -> an update, with decay and without."""
+    stops = list(accumulate(len(getattr(kind, "_fields", ())) for kind in kinds.parts))
+    starts = [0, *stops[:-1]]
+    conditioning, direction, _, _, average = map(make_part, kinds.parts, starts, stops)
+    decay = make_part(kinds.decay, 0, 1)
+    rule = make_part(kinds.rule, 1, len(COLUMNS))
+
+    @cuda.jit(device=True)
+    def decayed(shared: Any, row: Any) -> Any:
+        return rules.Update(conditioning(shared), direction(shared), decay(row), rule(row), average(shared))
+
+    @cuda.jit(device=True)
+    def undecayed(shared: Any, row: Any) -> Any:
+        return rules.Update(conditioning(shared), direction(shared), None, rule(row), average(shared))
+
+    return decayed, undecayed
+
+
+# --- What is seen of an element -----------------------------------------------------------------------------
+
+
+def _make_see(kinds: KernelTypes, *, observed: bool) -> Any:
+    """Return the device function that adds an element, its lane before and after, to what was seen."""
+    exp_avg_at = 1 if kinds.clear is type(None) else 2
+
+    def see_nothing(seen: Any, before: Any, after: Any, c: Any) -> Any:
+        return seen
+
+    def see(seen: Any, before: Any, after: Any, c: Any) -> Any:
+        value, was, now = np.float64(before[1]), np.float64(before[0]), np.float64(after[0])
+        change = now - was
+        nonfinite = 1.0 if value - value != 0 else 0.0
+        vanishes = rules.vanishes(before[0], after[0], after[exp_avg_at], c.rule.step_size)
+        return (
+            seen[0] + value * value,
+            seen[1] + change * change,
+            seen[2] + now * now,
+            seen[3] + nonfinite,
+            seen[4] + (1.0 if vanishes else 0.0),
+        )
+
+    return cuda.jit(device=True)(see if observed else see_nothing)
+
+
+# --- Elements of a lane, so far apart that neighbours are a warp's: all loads before all stores -------------
+
+
+def _make_some(count: int, see: Any) -> tuple[Any, Any, Any]:
+    """Return the device functions that load, store and see so many elements."""
+    if count == 2:
+
+        def load_some(arrays: Any, i: int) -> Any:
+            return load(arrays, i), load(arrays, i + LANES)
+
+        def store_some(arrays: Any, i: int, values: Any) -> None:
+            store(arrays, i, values[0])
+            store(arrays, i + LANES, values[1])
+
+        def see_some(seen: Any, before: Any, after: Any, c: Any) -> Any:
+            return see(see(seen, before[0], after[0], c), before[1], after[1], c)
+
+    else:
+
+        def load_some(arrays: Any, i: int) -> Any:
+            ones = load(arrays, i), load(arrays, i + LANES)
+            return *ones, load(arrays, i + 2 * LANES), load(arrays, i + 3 * LANES)
+
+        def store_some(arrays: Any, i: int, values: Any) -> None:
+            store(arrays, i, values[0])
+            store(arrays, i + LANES, values[1])
+            store(arrays, i + 2 * LANES, values[2])
+            store(arrays, i + 3 * LANES, values[3])
+
+        def see_some(seen: Any, before: Any, after: Any, c: Any) -> Any:
+            seen = see(see(seen, before[0], after[0], c), before[1], after[1], c)
+            return see(see(seen, before[2], after[2], c), before[3], after[3], c)
+
+    load_some, store_some, see_some = map(cuda.jit(device=True), (load_some, store_some, see_some))
+    return load_some, store_some, see_some
+
+
+@cuda.jit(device=True)
+def _fold(sums: Any, lane: int) -> None:
+    """Fold the lanes of each warp, of all sums at once; every thread of the block comes here."""
+    here, width = cuda.threadIdx.x, LANES // 2
+    while width > 0:
+        cuda.syncthreads()
+        if lane < width:
+            for kind in range(SEEN):
+                sums[kind * BLOCK + here] += sums[kind * BLOCK + here + width]
+        width //= 2
+
+
+# --- Kernels ------------------------------------------------------------------------------------------------
+
+
+def _make_piece(kinds: KernelTypes, *, observed: bool) -> Any:
+    """Return the device function that steps the elements of a lane in a piece, and returns what it saw."""
+    clear = None if kinds.clear is type(None) else True
+    count = PACK // kinds.dtype.itemsize
+    see = _make_see(kinds, observed=observed)
+    load_some, store_some, see_some = _make_some(count, see)
+
+    @cuda.jit(device=True)
+    def step_piece(params: Any, grads: Any, states: Any, first: int, stop: int, c: Any, seen: Any) -> Any:
+        read = (params, grads, *states)
+        written = (params, *states) if clear is None else read
+        i = first
+        while i + (count - 1) * LANES < stop:
+            before = load_some(read, i)
+            after = update_lanes(before, c, clear)
+            seen = see_some(seen, before, after, c)
+            store_some(written, i, after)
+            i += count * LANES
+        while i < stop:
+            one = load(read, i)
+            new = update_lane(one, c, clear)
+            seen = see(seen, one, new, c)
+            store(written, i, new)
+            i += LANES
+        return seen
+
+    return step_piece
+
+
+def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None]:
+    """Return the kernel ``step_units`` or ``step_units_observed``.
+
+    Both take ``(params, grads, states, pieces, first_piece, chunks, rows, coefficients, count, skip)``:
+    tables of what is stepped and with what, those coefficients that are the same for all units, and pointers
+    as ``step_captured`` has them. ``step_units_observed`` also takes where its sums go, three arrays of
+    pairs, and how many pairs apart these are.
+    """
+    places = tuple(range(len(kinds.coefficients)))
+    clears = kinds.clear is not type(None)
+    has_decay = kinds.decay is not type(None)
+    decayed, undecayed = _make_updates(kinds)
+    step_piece = _make_piece(kinds, observed=observed)
+
+    @cuda.jit(device=True)
+    def shared_of(coefficients: Any) -> Any:
+        return pick(coefficients, places)
+
+    @cuda.jit(device=True)
+    def step_with_row(
+        params: Any, grads: Any, states: Any, first: int, stop: int, shared: Any, row: Any, seen: Any
+    ) -> Any:
+        if has_decay and row[0] == row[0]:  # a NaN is none
+            return step_piece(params, grads, states, first, stop, decayed(shared, row), seen)
+        return step_piece(params, grads, states, first, stop, undecayed(shared, row), seen)
+
+    @cuda.jit(device=True)
+    def step_chunk(
+        params: Any,
+        grads: Any,
+        states: Any,
+        pieces: Any,
+        piece: int,
+        end: int,
+        rows: Any,
+        shared: Any,
+        skip: int,
+    ) -> Any:
+        lane = cuda.threadIdx.x % LANES
+        start = pieces[3 * piece]
+        seen = (0.0, 0.0, 0.0, 0.0, 0.0)
+        while piece < end:
+            stop = pieces[3 * piece + 1]
+            i = pieces[3 * piece] + ((lane - (pieces[3 * piece] - start)) & (LANES - 1))
+            if skip == 0:
+                row = load_row(rows, pieces[3 * piece + 2])
+                seen = step_with_row(params, grads, states, i, stop, shared, row, seen)
+            elif clears:
+                while i < stop:
+                    grads[i] = 0
+                    i += LANES
+            piece += 1
+        return seen
+
+    @cuda.jit(device=True)
+    def load_row(rows: Any, row: int) -> Any:
+        at = _WIDTH * row
+        return (
+            rows[at],
+            rows[at + 1],
+            rows[at + 2],
+            rows[at + 3],
+            rows[at + 4],
+            rows[at + 5],
+            rows[at + 6],
+            rows[at + 7],
+        )
+
+    def step_units(
+        params: Any,
+        grads: Any,
+        states: Any,
+        pieces: Any,
+        first_piece: Any,
+        chunks: int,
+        rows: Any,
+        coefficients: Any,
+        count: Any,
+        skip: Any,
+    ) -> None:
+        skipped = skip[0]
+        shared = shared_of(coefficients)
+        chunk = cuda.blockIdx.x * _WARPS + cuda.threadIdx.x // LANES
+        while chunk < chunks:
+            piece, end = first_piece[chunk], first_piece[chunk + 1]
+            step_chunk(params, grads, states, pieces, piece, end, rows, shared, skipped)
+            chunk += cuda.gridDim.x * _WARPS
+        if skipped == 0 and cuda.grid(1) == 0:
+            count[0] += 1
+
+    def step_units_observed(
+        params: Any,
+        grads: Any,
+        states: Any,
+        pieces: Any,
+        first_piece: Any,
+        chunks: int,
+        rows: Any,
+        coefficients: Any,
+        count: Any,
+        skip: Any,
+        sums: Any,
+        apart: int,
+    ) -> None:
+        lanes = cuda.shared.array(_SHARED, float64)
+        here = cuda.threadIdx.x
+        lane, skipped = here % LANES, skip[0]
+        shared = shared_of(coefficients)
+        first = cuda.blockIdx.x * _WARPS
+        while first < chunks:
+            chunk = first + here // LANES
+            seen = (0.0, 0.0, 0.0, 0.0, 0.0)
+            if chunk < chunks:
+                piece, end = first_piece[chunk], first_piece[chunk + 1]
+                seen = step_chunk(params, grads, states, pieces, piece, end, rows, shared, skipped)
+            cuda.syncthreads()  # the fold of the chunk before has read its lanes
+            lanes[here], lanes[BLOCK + here], lanes[2 * BLOCK + here] = seen[0], seen[1], seen[2]
+            lanes[3 * BLOCK + here], lanes[4 * BLOCK + here] = seen[3], seen[4]
+            _fold(lanes, lane)
+            if lane == 0 and chunk < chunks:
+                at, beside = 2 * chunk, 2 * (apart + chunk)
+                last = 2 * (2 * apart + chunk)
+                sums[at], sums[at + 1] = lanes[here], lanes[3 * BLOCK + here]
+                sums[beside], sums[beside + 1] = lanes[BLOCK + here], lanes[4 * BLOCK + here]
+                sums[last], sums[last + 1] = lanes[2 * BLOCK + here], 0.0
+            first += cuda.gridDim.x * _WARPS
+        if skipped == 0 and cuda.grid(1) == 0:
+            count[0] += 1
+
+    return step_units_observed if observed else step_units

@@ -1,0 +1,67 @@
+// What surrounds a step over units: sums over chunks of runs, the rows of coefficients, and the report of what was
+// seen. kernels/cuda_source.py puts kernels/tree.cu before it.
+//
+// Memory traffic of `measure_units` in float32: reads 4 bytes of each element of a run, and 16 bytes for each chunk,
+// writes 16 bytes for each chunk.
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+measure_units(const Real* grads, const long long* bounds, long long chunks, Sums* sums) {
+    __shared__ Sums lanes[1][THREADS];
+    const Table table{bounds, chunks};
+    sum_chunks(lanes, table, blockIdx.x, gridDim.x, sums, [&](long long i) { return of_gradient(grads[i]); });
+}
+
+// One level over `arrays` arrays of sums, `apart` from each other, each to the same place in its own.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+sum_groups(const Sums* from, const long long* groups, long long count, Sums* to, long long arrays, long long apart) {
+    __shared__ Sums lanes[1][THREADS];
+    for (; arrays > 0; --arrays, from += apart, to += apart)
+        sum_chunks(lanes, Table{groups, count}, blockIdx.x, gridDim.x, to, [&](long long i) { return from[i]; });
+}
+
+// Of each row: which learning rate it has, and where its bias corrections lie.
+struct Place {
+    long long source, first1, count1, first2, count2;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+form_rows(Real* rows, long long count, const Place* places, const double* weight_decays, const double* corrections,
+          long long decoupled, const long long* step, const double* lrs, long long lr_base, long long lr_count) {
+    const long long taken = *step, at = taken - lr_base < lr_count ? taken - lr_base : lr_count - 1;
+    const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long k = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; k < count; k += threads) {
+        const Place place = places[k];
+        const double lr = lrs[place.source * lr_count + at];
+        const long long at1 = taken < place.count1 ? taken : place.count1 - 1;
+        const long long at2 = taken < place.count2 ? taken : place.count2 - 1;
+        Real* const row = rows + COLUMNS * k;
+        row[STEP_SIZE_AT] = rounded(step_size(lr, corrections[place.first1 + at1]));
+        row[INV_BIAS_CORRECTION2_AT] = rounded(corrections[place.first2 + at2]);
+        if (decoupled) row[DECAY_AT] = rounded(lr_times_weight_decay(lr, weight_decays[k]));
+    }
+}
+
+// One block, behind a step. Sums what it has seen, of which `sums` has three arrays, `apart` from each other; of a
+// step that was skipped the report is whole already.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+conclude(Sums* sums, long long left, long long apart, const long long* skip, double* report) {
+    __shared__ Sums lanes[1][THREADS];
+    if (*skip) return;
+#pragma unroll 1
+    for (int kind = 0; kind < 3; ++kind) {
+        const Sums total = sum_all(lanes, sums + kind * apart, left);
+        if (threadIdx.x != 0) continue;
+        const double norm = root(total.squares), count = double(total.count);
+        if (kind == 0) report[NORM] = over(norm, report[SCALE]), report[NONFINITE] = count;
+        if (kind == 1) report[UPDATE_NORM] = norm, report[VANISHED] = count;
+        if (kind == 2) report[PARAM_NORM] = norm;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+clear_units(Real* grads, const long long* bounds, long long chunks) {
+    const long long warps = static_cast<long long>(gridDim.x) * WARPS;
+    for (long long k = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / TREE_LANES; k < chunks; k += warps)
+        for (long long i = bounds[2 * k] + threadIdx.x % TREE_LANES; i < bounds[2 * k + 1]; i += TREE_LANES)
+            grads[i] = Real{};
+}
