@@ -584,10 +584,11 @@ class FusedAdam(Tunables):
             self._scratch = np.empty(kernels.scratch_size(grads.size))
         squares, nonfinite = kernels.measure(grads, self._scratch)
         norm = rules.grad_norm(squares, 1.0 if scale is None else scale)
-        factor, lr = c.clip_factor(norm), c.lr_of(step)
+        factor = c.clip_factor(norm)
         if c.skips and nonfinite:
-            return Done(step - 1, lr, norm, factor, True, nonfinite), None, clear, types
-        update, last = c.update(step, scale, factor), Done(step, lr, norm, factor, False, nonfinite)
+            return Done(step - 1, c.lr_of(step), norm, factor, True, nonfinite), None, clear, types
+        update = c.update(step, scale, factor)
+        last = Done(step, c.lr, norm, factor, False, nonfinite)
         if self._hyperparameters.telemetry:
             last = kernels.watch(last, scale)
         return last, update, clear, types

@@ -152,6 +152,17 @@ def test_a_schedule_is_lr_set_before_each_step(rng, flags, lr):
     assert opt.lr is lr
 
 
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_a_schedule_is_asked_once_a_step(limit):
+    asked, params = [], np.ones(8, np.float32)
+    opt = FusedAdam(lr=lambda step: asked.append(step) or 0.5, max_grad_norm=limit)
+    opt.step(params, np.ones(8, np.float32))
+    asked.clear()
+    for _ in range(3):
+        opt.step(params, np.ones(8, np.float32))
+    assert asked == [2, 3, 4]
+
+
 def test_a_state_dict_has_the_present_rate_of_a_schedule(rng):
     lr = SCHEDULES[0]
     opt, params = stepped(gradients(rng, 4), lr=lr)
