@@ -55,7 +55,7 @@ def start_torch(params: Array, grads: Array) -> Contender:
 
 
 def start_telemetry(params: Array, grads: Array) -> Contender:
-    """``FusedAdam.step`` with ``telemetry=True``."""
+    """``FusedAdam.step`` with ``telemetry=True``; to read :attr:`FusedAdam.last_step` is not part of it."""
     optimizer = FusedAdam(LR, BETAS, EPS, telemetry=True)
     return Contender(partial(optimizer.step, params, grads), lambda: params, partial(np.copyto, grads))
 

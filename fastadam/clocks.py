@@ -29,8 +29,8 @@ Rates = TypeVar("Rates")
 class MadeFor(NamedTuple):
     """What a clock was made for, besides the types of its kernels."""
 
+    hyperparameters: Hyperparameters
     segments: Segments | None
-    telemetry: bool
     rows: Rows | None  # where there are segments or telemetry
 
 
@@ -67,9 +67,14 @@ _BETAS = slice(2, 4)
 """Of the fields of segments."""
 
 
-def fits(clock: Clock | None, types: KernelTypes, segments: Segments | None, *, telemetry: bool) -> bool:
-    """Return whether a clock serves for steps with these."""
-    if clock is None or cast("MadeFor", clock.made_for)[:2] != (segments, telemetry):
+def fits(clock: Clock | None, types: KernelTypes, h: Hyperparameters, segments: Segments | None) -> bool:
+    """Return whether a clock serves for these: a copy of the optimizer may share it, and have others."""
+    if clock is None:
+        return False
+    made_for = cast("MadeFor", clock.made_for)
+    if made_for.segments is not segments or (
+        made_for.hyperparameters is not h and made_for.hyperparameters != h
+    ):
         return False
     if clock.units is not None:  # made for the decay that any segment has
         types = types._replace(decay=clock.types.decay)
@@ -92,7 +97,13 @@ def fitting(
     wait for the device.
     """
     stream = like.stream or 0
-    if clock is not None and not fits(clock, types, segments, telemetry=h.telemetry):
+    if clock is not None and not fits(clock, types, h, segments):
+        if clock.is_captured:
+            raise ValueError(
+                "flat_params must be stepped as in the CUDA graph that holds this optimizer, with grad_scale"
+                " or without, and gradients accumulated or not; got another kind of step."
+                " Reset it, and capture again."
+            )
         step, clock = clock.step(), None
     if clock is None:
         require_tables(h, segments)
@@ -136,7 +147,7 @@ def _make(
         corrections1=bias_correction.table(h.betas[0]),
         inverse_corrections2=1 / bias_correction.table(h.betas[1]),
         units=units,
-        made_for=MadeFor(segments, h.telemetry, rows),
+        made_for=MadeFor(h, segments, rows),
     )
 
 
@@ -164,23 +175,26 @@ def _ask(lr_of: Callable[[int], Rates], ahead: range) -> list[Rates]:
     return rates
 
 
-def set_lr(clock: Clock, lr: float, library: str) -> bool:
-    """Queue another learning rate of the optimizer's own; return False where that cannot be.
+def set_lr(clock: Clock, present: Hyperparameters, h: Hyperparameters, library: str) -> bool:
+    """Queue the learning rate of ``h``, which differs from the present in nothing else.
 
-    ``library`` is that whose current stream the last step took, as :func:`fastadam.streams.for_lr` has it.
+    Returns False where that cannot be. ``library`` is that whose current stream the last step took, as
+    :func:`fastadam.streams.for_lr` has it.
 
     Raises
     ------
     ValueError
         If a coefficient of any segment overflows or becomes zero with it.
     """
-    rows = cast("MadeFor", clock.made_for).rows
-    if rows is not None and rows.follow_schedules:
+    made_for, lr = cast("MadeFor", clock.made_for), cast("float", h.lr)
+    rows = made_for.rows
+    if made_for.hyperparameters != present or (rows is not None and rows.follow_schedules):
         return False
     stream = streams.for_lr(clock, library)
     if rows is not None:
         rows.set_lr(lr)
     clock.set_lr(lr, stream)
+    clock.made_for = made_for._replace(hyperparameters=h)
     return True
 
 

@@ -25,8 +25,8 @@ def plan(
     summed: int,
     segments: Segments | None,
     capturable: bool,
-) -> Callable[[], None]:
-    """Return the call that queues a step of checked buffers.
+) -> tuple[Callable[[], None], Callable[[], None] | None]:
+    """Return the call that queues a step of checked buffers, and that which reports of it, if need be.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def plan(
     ------
     TypeError, ValueError
         If ``grad_scale`` is none, a segment ends behind the buffer, a coefficient overflows or becomes zero,
-        or the stream is being captured and the step could not be replayed.
+        the stream is being captured and the step could not be replayed, or a CUDA graph holds another kind.
     """
     captured = streams.is_captured(kernels, params, grads)
     there = scale_in_gpu_memory(grad_scale, params)
@@ -58,24 +58,27 @@ def plan(
     clear = rules.Clear() if summed else c.clear
     moments: Any = state._arrays
     decides = c.reads_gradients_first or there is not None or segments is not None or h.telemetry
+    if captured and not capturable:
+        raise ValueError(
+            "stream must not be in capture: a replay would know nothing of steps and changes since."
+            " Use FusedAdam(capturable=True)."
+        )
     if not (capturable or decides or state._clock is not None):
-        if captured:
-            raise ValueError(
-                "stream must not be in capture: every replay would repeat this step number."
-                " Use FusedAdam(capturable=True)."
-            )
-        return kernels.plan(params, grads, moments, c.update(state._step + 1, grad_scale=scale), clear)
+        update = c.update(state._step + 1, grad_scale=scale)
+        return kernels.plan(params, grads, moments, update, clear), None
 
     scaled = scale is not None or there is not None
     types = (c.scaled_types if scaled else c.types)._replace(clear=type(clear))
-    if captured and not clocks.fits(state._clock, types, segments, telemetry=h.telemetry):
+    if captured and not clocks.fits(state._clock, types, h, segments):
         raise ValueError(
             "stream must not be in capture: this step is compiled otherwise than the one before."
             " Take one step like it before."
         )
-    state._clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step, segments)
+    clock = clocks.fitting(state._clock, kernels, params, h, c, types, state._step, segments)
+    state._clock, clock.is_captured = clock, clock.is_captured or captured
     look = Look(1.0 if scale is None else scale, there, h.max_grad_norm, h.skip_nonfinite, bool(summed))
-    return kernels.plan_on_clock(params, grads, moments, state._clock, look)
+    report = kernels.plan_report(params, clock) if h.telemetry else None
+    return kernels.plan_on_clock(params, grads, moments, clock, look), report
 
 
 def scale_in_gpu_memory(grad_scale: object, params: DeviceBuffer) -> DeviceBuffer | None:

@@ -37,7 +37,9 @@ class LastStep:
 
     @cached_property
     def _done(self) -> Done:
-        return self._read()
+        done = self._read()
+        del self._read  # and what it reads from
+        return done
 
     @property
     def step(self) -> int:

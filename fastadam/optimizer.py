@@ -34,8 +34,9 @@ class FusedAdam(Tunables):
             - \text{lr} \cdot \frac{m_t}{1 - \beta_1^t}
             \Big/ \Big( \sqrt{\frac{v_t}{1 - \beta_2^t}} + \text{eps} \Big)
 
-    The moments are allocated on the first step, and are all that it allocates: 8 bytes per float32 parameter,
-    4 more with AMSGrad and 4 with the average of the parameters, on their device. One optimizer may not step
+    The moments are allocated on the first step: 8 bytes per float32 parameter, 4 more with AMSGrad and 4 with
+    the average of the parameters, on their device. Segments and telemetry keep tables beside them, some 0.05
+    bytes per parameter. One optimizer may not step
     in two threads at once; different optimizers may.
 
     Parameters
@@ -189,8 +190,9 @@ class FusedAdam(Tunables):
         has changed nothing; only what a signal handler raises, such as ``KeyboardInterrupt``, may follow a
         step that was taken whole and counted.
 
-        On a GPU the step is queued, and the call returns: it waits for nothing, and copies nothing once the
-        moments are there.
+        On a GPU the step is queued, and the call returns: it waits for nothing, and copies nothing once what
+        it needs is there. That is made with the first step, and again when segments, telemetry or the set of
+        features change; a schedule is asked ahead where steps are counted on the device (docs/phase.md).
 
         Parameters
         ----------
@@ -252,7 +254,7 @@ class FusedAdam(Tunables):
             c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
         loops = kernels if self._segments is None or on_device else self._with_segments(c, params, state)
         if on_device:
-            take = device_steps.plan(
+            take, report = device_steps.plan(
                 kernels,
                 state,
                 cast("DeviceBuffer", params),
@@ -271,6 +273,8 @@ class FusedAdam(Tunables):
             if state._clock is not None:
                 self._last = (state._clock, state._clock.attempts - 1)
                 self._library = "" if stream is not None else device_buffers.library(flat_params)
+            if report is not None:
+                report()
             return
 
         last: Done | Coefficients | LastStep
@@ -282,8 +286,8 @@ class FusedAdam(Tunables):
         else:
             last, update, clear, types = self._look_at(loops, grads, c, state, grad_scale, summed)
             if update is None:  # skipped
-                for start, stop in ((0, grads.size),) if loops is kernels or summed else loops.runs:
-                    if clear is not None:
+                if clear is not None:
+                    for start, stop in ((0, grads.size),) if loops is kernels or summed else loops.runs:
                         cast("buffers.Array", grads)[start:stop] = 0
                 self._last, self._accumulator.calls = last, 0
                 return
@@ -299,9 +303,11 @@ class FusedAdam(Tunables):
             take()
             return
         self._accumulator.calls = 0
-        take()
-        if loops is not kernels:
-            loops.clear_frozen(grads)  # they are of the sum, too
+        try:
+            take()
+        finally:
+            if loops is not kernels and not loops.is_whole:
+                cast("buffers.Array", grads)[:] = 0  # what frozen segments have added up, too
 
     def accumulate(self, flat_grads: object, *, stream: object = None) -> None:
         """Add gradients to a sum, of which the next :meth:`step` takes the mean.
@@ -561,7 +567,7 @@ class FusedAdam(Tunables):
         state: State,
         grad_scale: object,
         summed: int,
-    ) -> tuple[Done | Coefficients | LastStep, rules.Update | None, rules.Clear | None, KernelTypes]:
+    ) -> tuple[Done | LastStep, rules.Update | None, rules.Clear | None, KernelTypes]:
         """Take the pass over all gradients, where one is needed, and return what a step is made of.
 
         That is what it will have done, its coefficients (None for a step that is skipped), whether gradients
@@ -573,11 +579,12 @@ class FusedAdam(Tunables):
         if summed:
             types = types._replace(clear=rules.Clear)
         step = state._step + 1
-        last: Done | Coefficients | LastStep = c
+        last: Done | LastStep
         if not c.reads_gradients_first:
             update = c.update(step, scale)
+            last = Done(step, c.lr)
             if self._hyperparameters.telemetry:
-                last = kernels.watch(Done(step, c.lr), scale)
+                last = kernels.watch(last, scale)
             return last, update, clear, types
 
         if self._scratch is None or self._scratch.size < kernels.scratch_size(grads.size):
@@ -616,7 +623,8 @@ class FusedAdam(Tunables):
             coefficients = Coefficients(hyperparameters, clock.types.dtype)
             old, lr = self.lr, hyperparameters.lr
             sets_lr = values.keys() == {"lr"} and not callable(old) and not callable(lr)
-            if not (sets_lr and clocks.set_lr(clock, cast("float", lr), self._library)):
+            present = self._hyperparameters
+            if not (sets_lr and clocks.set_lr(clock, present, hyperparameters, self._library)):
                 state.leave_clock()
         elif values.keys() == {"lr"}:
             coefficients = self._with_lr(hyperparameters.lr)

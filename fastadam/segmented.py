@@ -53,6 +53,11 @@ class Segmented:
             self._telemetry = Telemetry(self._chunks())
 
     @property
+    def is_whole(self) -> bool:
+        """Whether nothing is frozen."""
+        return self._units.total == self.size
+
+    @property
     def runs(self) -> list[list[int]]:
         """Start and stop of each longest stretch without a frozen element."""
         runs: list[list[int]] = self._units.runs.tolist()
@@ -97,6 +102,10 @@ class Segmented:
         if self._telemetry is not None:
             from fastadam.kernels import telemetry as loops
         loops.warmup(self.c.dtype, n_states, self._rows.with_decay(c), clear)
+        if self.c.reads_gradients_first:
+            from fastadam.kernels import segment_norms
+
+            segment_norms.prepare(self.c.dtype)
 
     # --- And what they have not -----------------------------------------------------------------------------
 
@@ -115,12 +124,6 @@ class Segmented:
         # Of this step alone: what was told of one stays, whatever the next ones do.
         self._scratch = self._telemetry.scratch()
         return LastStep(partial(_read, self._telemetry, self._scratch, done, grad_scale))
-
-    def clear_frozen(self, grads: Any) -> None:
-        """Set the gradients to zero that no step reads."""
-        edges = [0, *self._units.runs.ravel().tolist(), grads.size]
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            grads[start:stop] = 0
 
 
 def _read(telemetry: Any, scratch: Any, done: Done, grad_scale: float | None) -> Done:

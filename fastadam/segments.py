@@ -134,7 +134,7 @@ class Segments:
             if callable(segment.lr) and not segment.frozen:
                 schedules.setdefault(id(segment.lr), (segment.lr, []))[1].append(k)
         self.schedules = list(schedules.values())
-        self._size, self._units = -1, Units(np.empty((0, 3), np.int64))
+        self._units = -1, Units(np.empty((0, 3), np.int64))
         self._chunks: tuple[Units, RunChunks] | None = None
 
     def _require_disjoint(self) -> None:
@@ -156,7 +156,8 @@ class Segments:
         ValueError
             If a segment ends behind the buffer.
         """
-        if size != self._size:
+        formed = self._units
+        if size != formed[0]:
             starts, stops = self._bounds.T
             if stops.size and stops[-1] > size:
                 raise ValueError(
@@ -167,15 +168,16 @@ class Segments:
             gaps = gaps[gaps[:, 0] < gaps[:, 1]]
             segments = np.column_stack([self._bounds, self._order + 1])[self._thawed[self._order]]
             units = np.concatenate([gaps, segments])
-            self._units = Units(units[np.argsort(units[:, 0])])
-            self._size = size
-        return self._units
+            # One object: a copy of the optimizer in another thread may form another one meanwhile.
+            formed = self._units = size, Units(units[np.argsort(units[:, 0])])
+        return formed[1]
 
     def chunks(self, units: Units) -> RunChunks:
         """Return the chunks of units that :meth:`units` has returned."""
-        if self._chunks is None or self._chunks[0] is not units:
-            self._chunks = units, RunChunks(units)
-        return self._chunks[1]
+        formed = self._chunks
+        if formed is None or formed[0] is not units:
+            formed = self._chunks = units, RunChunks(units)
+        return formed[1]
 
     def to_array(self, step: int | None) -> Numbers:
         """Return what a state dict holds, shape (n, 8), with callables at ``step``; see ``COLUMNS``."""

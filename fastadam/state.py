@@ -168,7 +168,7 @@ class State:
 
     @property
     def step(self) -> int:
-        """Steps taken; with ``capturable=True`` it is read from the device, and waits for it."""
+        """Steps taken; where a GPU counts them, it is read from there, and waits for the device."""
         return self._step if self._clock is None else self._clock.step()
 
     @property

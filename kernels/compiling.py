@@ -24,6 +24,7 @@ from types import FunctionType
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
@@ -86,6 +87,14 @@ def jit(make_loop: Callable[[str], Callable[..., Any]], *, parallel: bool = Fals
     with contextlib.suppress(RuntimeError):  # no writable place for a cache: do without
         dispatcher._cache = _TolerantCache(loop)
     return dispatcher
+
+
+def writable_and_not(dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return two empty arrays, the second read-only: two types to Numba."""
+    empty: np.ndarray[Any, Any] = np.empty(0, dtype)
+    read_only = empty[:]
+    read_only.flags.writeable = False
+    return empty, read_only
 
 
 # What Numba compiles for a call of a function of the rules: the type of the coefficients decides.

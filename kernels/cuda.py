@@ -153,8 +153,12 @@ class Cuda(ABC):
             kernel = self.kernel("step_captured", clock.types, params.device)
             return partial(self._queue, kernel, params, grads, states, clock.arguments, prepare)
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
-        launches = [clock.units.step(pointers, clock.arguments), *clock.conclude()]
+        launches = [clock.units.step(pointers, clock.arguments)]
         return partial(self._queue_launches, launches, params, grads, prepare)
+
+    def plan_report(self, params: DeviceBuffer, clock: Any) -> Callable[[], None]:
+        """Return the call that queues, behind the step that is planned, the report of what it saw."""
+        return partial(self._queue_launches, clock.conclude(), params, params, None)
 
     def warmup(self, types: KernelTypes, step: str) -> None:
         """Compile, or load from the disk cache, a step and what is around it, for the current device."""

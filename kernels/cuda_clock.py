@@ -110,6 +110,7 @@ class Clock:
         self._scratch: Any = None
         self._scratch_bytes = 0
         self.attempts = 0  # steps queued
+        self.is_captured = False  # a CUDA graph has its addresses
         self.looked = [False] * REPORTS  # of each report: whether gradients were read before
         self.set_lrs(lrs, step, stream)
 

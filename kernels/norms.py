@@ -35,7 +35,7 @@ from numba.extending import overload
 
 from . import threads
 from .chunks import sum_of_squares, sum_of_values
-from .compiling import JIT_OPTIONS, jit
+from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .tree import CHUNK
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -171,10 +171,7 @@ def measure(grads: Array, scratch: Array) -> tuple[float, int]:
 def prepare(dtype: np.dtype[Any]) -> None:
     """Compile, or load from the disk cache, all loops for gradients of a dtype."""
     scratch = np.empty(0, np.float64)
-    grads = np.empty(0, dtype)
-    read_only = grads[:]
-    read_only.flags.writeable = False
-    for array in (grads, read_only):  # two types to Numba
+    for grads in writable_and_not(dtype):
         for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            loop(array, scratch, 0, 0)
+            loop(grads, scratch, 0, 0)
     fold(scratch, 0)

@@ -86,13 +86,12 @@ class _Emitter:
     def _load(self, pointer: Any, element: Any = None) -> Any:
         row = ir.VectorType(element or self.element, LANES)
         loaded = self.builder.load(self.builder.bitcast(pointer, row.as_pointer()))
-        loaded.align = self.context.get_abi_sizeof(element or self.element)  # buffers may lie anywhere
+        loaded.align = 1  # buffers may lie anywhere
         return loaded
 
     def store(self, row: Any, pointer: Any) -> None:
-        """Store a row, at an address aligned to elements."""
-        pointer = self.builder.bitcast(pointer, row.type.as_pointer())
-        self.builder.store(row, pointer).align = self.context.get_abi_sizeof(row.type.element)
+        """Store a row, at any address."""
+        self.builder.store(row, self.builder.bitcast(pointer, row.type.as_pointer())).align = 1
 
     def _add_square(self, lanes: Any, terms: Any, flags: tuple[str, ...]) -> None:
         square = self.builder.fmul(terms, terms, flags=flags)

@@ -39,6 +39,7 @@ class RunChunks:
         self._units = units
         self.size = units.total
         self.bounds, self.first_of_run = _chunks(units.runs)
+        self._shares = 0, self.first_of_run
 
     @cached_property
     def pieces(self) -> Integers:
@@ -65,9 +66,12 @@ class RunChunks:
 
     def shares(self, count: int) -> Integers:
         """Return the first chunks of ``count`` shares of about equal size, and the number of chunks."""
-        ends = np.cumsum(self.bounds[:, 1] - self.bounds[:, 0])
-        first = np.searchsorted(ends, self.size * np.arange(1, count) // count)
-        return np.concatenate([[0], first, [len(ends)]])
+        formed = self._shares
+        if count != formed[0]:
+            ends = np.cumsum(self.bounds[:, 1] - self.bounds[:, 0])
+            first = np.searchsorted(ends, self.size * np.arange(1, count) // count)
+            formed = self._shares = count, np.concatenate([[0], first, [len(ends)]])
+        return formed[1]
 
 
 def _chunks(ranges: Integers) -> tuple[Integers, Integers]:

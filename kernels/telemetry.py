@@ -18,7 +18,7 @@ from numba import prange
 from numba.extending import overload
 
 from . import rules, threads
-from .compiling import JIT_OPTIONS, jit
+from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM
 from .norms import nonfinite_of_chunk
 from .observed import SUMS, WORK, step_part, step_rows, sum_of_lanes
@@ -209,12 +209,6 @@ class Telemetry:
 
     def __init__(self, chunks: RunChunks) -> None:
         self._chunks = chunks
-        self._shares: tuple[int, Integers] = (0, chunks.first_of_run)
-
-    def _in_shares(self, count: int) -> Integers:
-        if count != self._shares[0]:
-            self._shares = count, self._chunks.shares(count)
-        return self._shares[1]
 
     def scratch(self) -> Array:
         """Return what a step fills, for :meth:`read`."""
@@ -246,7 +240,7 @@ class Telemetry:
             loop, count = parallel, threads.count()
         else:
             loop, count = serial, max(1, min(threads.count(), chunks.size // threads.MIN_PIECE))
-        shares = self._in_shares(count)
+        shares = chunks.shares(count)
         work = np.empty((count, WORK))
         each = [(shares, work)]
         if loop is serial:
@@ -276,10 +270,8 @@ class Telemetry:
 
 def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
-    empty = np.empty(0, dtype)
-    read_only = empty[:]
-    read_only.flags.writeable = False
-    for grads in (empty, read_only) if clear is None else (empty,):  # two types to Numba
+    empty, read_only = writable_and_not(dtype)
+    for grads in (empty, read_only) if clear is None else (empty,):
         for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
             _call_with_nothing(loop, empty, grads, (empty,) * n_states, c, clear)
 

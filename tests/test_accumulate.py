@@ -11,7 +11,7 @@ from cuda_steps import DTYPES, MODES, assert_same, problem
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam, Segment
-from fastadam.kernels import cpu, threads
+from fastadam.kernels import cpu, segments, threads
 
 SIZES = [0, 1, 33, cpu.PARALLEL_FROM + 5]
 
@@ -189,3 +189,25 @@ def test_a_frozen_segment_does_not_keep_its_sum(rng):
     opt.accumulate(np.array([0.0, 0.0, 1.0, 1.0]))
     opt.step(params)
     assert_same_bits(params[:2], np.zeros(2))
+
+
+def test_an_interrupted_step_has_spent_the_whole_sum(monkeypatch):
+    """What frozen segments have added up, too: it must not be in a later mean."""
+    opt, params = FusedAdam(segments=[Segment(0, 2, frozen=True)]), np.zeros(4)
+    opt.accumulate(np.ones(4))
+    loop = segments.serial
+
+    def interrupted(*arguments):
+        loop(*arguments)
+        if arguments[3].size:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "serial", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(params)
+    assert opt.state.step == 1
+    opt.segments = ()
+    opt.accumulate(np.ones(4))
+    opt.step(params)
+    np.testing.assert_allclose(opt.state.exp_avg, [0.1, 0.1, 0.19, 0.19])

@@ -245,7 +245,7 @@ def test_what_cannot_be_captured(cupy):
     with stream:
         stream.begin_capture()
         message = (
-            "stream must not be in capture: every replay would repeat this step number."
+            "stream must not be in capture: a replay would know nothing of steps and changes since."
             " Use FusedAdam(capturable=True)."
         )
         assert_refused(opt, params, grads, ValueError, message)

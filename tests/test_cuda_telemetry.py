@@ -84,6 +84,30 @@ def test_a_copy_that_shares_the_moments_has_its_own(cupy):
     assert opt.state.step == 4
 
 
+@MODES
+@pytest.mark.parametrize(
+    "options", [{}, {"telemetry": True}, {"segments": [Segment(0, 1)]}, {"max_grad_norm": 0.1}]
+)
+def test_copies_that_share_the_moments_have_their_own_numbers(cupy, options, capturable):
+    """They share what counts on the device, too."""
+    device = [FusedAdam(lr=0.1, capturable=capturable, **options), ones(cupy)]
+    cpu = [FusedAdam(lr=0.1, backend="cpu", **options), np.ones(8, np.float32)]
+    for (opt, params), grads in ((device, ones(cupy)), (cpu, np.ones(8, np.float32))):
+        opt.step(params, grads)
+        twin = copy.copy(opt)
+        if not capturable:
+            twin.betas = (0.0, 0.0)
+        twin.lr = 0.5
+        twin.step(params, grads)
+        opt.step(params, grads)
+        assert (opt.lr, twin.lr) == (0.1, 0.5)
+        assert (opt.last_step.lr, twin.last_step.lr) == (0.1, 0.5)
+        opt.lr = 0.2
+        opt.step(params, grads)
+        twin.step(params, grads)
+    assert_same(device, cpu)
+
+
 def test_what_was_seen_is_read_when_asked(cupy):
     opt, params = FusedAdam(telemetry=True), ones(cupy)
     opt.step(params, ones(cupy))

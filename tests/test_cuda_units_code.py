@@ -38,8 +38,8 @@ MOST_REGISTERS = {"step_units": 128, "step_units_observed": 128}
 """Two blocks of 256 threads on 65,536 registers, as for a captured step with all parts."""
 
 MOST_WIDE = 168
-"""Of an observed step in float64, bound to one block: with fewer, Numba's linker spills. NVRTC takes up to 132,
-by its version."""
+"""Of an observed step in float64, bound to one block: with fewer, Numba's linker spills. NVRTC takes up to
+132, by its version."""
 
 on_sm_90 = [build for build in UNITS if build.capability == SM_90]
 

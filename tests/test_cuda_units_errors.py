@@ -96,21 +96,48 @@ def test_what_a_clock_was_made_for_stays(cupy):
     opt.step(ones(cupy), ones(cupy))
 
 
-def test_a_capture_after_a_change_of_segments(cupy):
-    """Their tables must be made before."""
-    opt, stream, params, grads = FusedAdam(), cupy.cuda.Stream(), ones(cupy), ones(cupy)
+def test_a_capture_without_capturable(cupy):
+    """Whatever is decided on the device: a change would leave the graph with tables that are gone."""
+    opt, stream, params, grads = (
+        FusedAdam(segments=[Segment(0, 1)]),
+        cupy.cuda.Stream(),
+        ones(cupy),
+        ones(cupy),
+    )
     message = (
-        "stream must not be in capture: this step is compiled otherwise than the one before."
-        " Take one step like it before."
+        "stream must not be in capture: a replay would know nothing of steps and changes since."
+        " Use FusedAdam(capturable=True)."
     )
     with stream:
-        for segments in ([Segment(0, 1)], [Segment(0, 2)]):
+        opt.step(params, grads)
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="stream") as caught:
             opt.step(params, grads)
-            opt.segments = segments
-            stream.begin_capture()
-            taken = opt.state.step
-            with pytest.raises(ValueError, match="stream") as caught:
-                opt.step(params, grads)
-            assert str(caught.value) == message
-            assert stream.end_capture().calls == []
-            assert opt.state.step == taken
+        assert stream.end_capture().calls == []
+    assert str(caught.value) == message
+    assert opt.state.step == 1
+
+
+@pytest.mark.parametrize("segments", [(), [Segment(0, 1)]])
+def test_another_kind_of_step_than_the_captured_one(cupy, segments):
+    """A graph has the addresses of what is counted with: nothing may take its place."""
+    opt, stream = FusedAdam(capturable=True, segments=segments), cupy.cuda.Stream()
+    params, grads = ones(cupy), ones(cupy)
+    with stream:
+        opt.step(params, grads)
+        stream.begin_capture()
+        opt.step(params, grads)
+        graph = stream.end_capture()
+        message = (
+            "flat_params must be stepped as in the CUDA graph that holds this optimizer, with grad_scale"
+            " or without, and gradients accumulated or not; got another kind of step."
+            " Reset it, and capture again."
+        )
+        with pytest.raises(ValueError, match="flat_params") as caught:
+            opt.step(params, grads, grad_scale=2.0)
+        assert str(caught.value) == message
+        graph.launch(stream)
+        opt.step(params, grads)  # of the same kind
+        assert opt.state.step == 3
+        opt.reset()
+        opt.step(params, grads, grad_scale=2.0)

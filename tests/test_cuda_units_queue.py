@@ -58,8 +58,9 @@ def test_streams(cupy, capturable):
             opt.step(params, grads)
     found = [entry for entry in cupy.log[before:] if entry[0] != "allocate"]
     assert found[0] == ("wait", 0, ours.ptr, filling.ptr)
-    assert found[-1] == ("wait", 0, filling.ptr, ours.ptr)
-    assert {entry[2] for entry in found[1:-1]} == {ours.ptr}
+    assert found[-2] == ("wait", 0, filling.ptr, ours.ptr)
+    assert found[-1][:3] == ("conclude", 0, ours.ptr)  # reads no gradients
+    assert {entry[2] for entry in found[1:-2]} == {ours.ptr}
     assert len(found) == 2 + 5
 
 
@@ -128,6 +129,38 @@ def test_a_launch_that_cuda_refuses_took_no_step(cupy, rng, monkeypatch, captura
             assert pair.device.state.step == k
             assert_same_bits(pair.buffer.host, pair.params)
         pair.step(grads)
+
+
+@MODES
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
+def test_a_report_that_cuda_refuses_leaves_a_step_that_is_counted(cupy, monkeypatch, capturable, first):
+    """The launch behind the step fails: the step was taken, and the sum is spent."""
+    kernels = backends.load("cupy")
+    opt, params = FusedAdam(telemetry=True, capturable=capturable), ones(cupy)
+    cpu, copied = FusedAdam(), np.ones(8, np.float32)
+    if not first:
+        opt.step(params, ones(cupy))
+        cpu.step(copied, np.ones(8, np.float32))
+    for _ in range(2):
+        opt.accumulate(ones(cupy))
+    launch = kernels.launch
+
+    def failing(kernel, *arguments):
+        if kernel.name == "conclude":
+            raise cupy.Refused("no")
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(kernels, "launch", failing)
+    with pytest.raises(cupy.Refused):
+        opt.step(params)
+    monkeypatch.setattr(kernels, "launch", launch)
+    cpu.step(copied, np.ones(8, np.float32), grad_scale=1.0)
+    assert opt.state.step == cpu.state.step
+    assert_same_bits(params.host, copied)
+    opt.accumulate(ones(cupy))
+    opt.step(params)
+    cpu.step(copied, np.ones(8, np.float32), grad_scale=1.0)
+    assert_same_bits(params.host, copied)
 
 
 # --- Sums of gradients --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tolerances import assert_same_bits
 
 import fastadam
 from fastadam import FusedAdam, Segment, schedules
+from fastadam.kernels import segment_norms
 from fastadam.kernels import segments as loops
 
 # --- Hyperparameters ----------------------------------------------------------------------------------------
@@ -89,16 +90,21 @@ def test_work_on_the_host_does_not_grow_with_the_segments():
     assert len(calls(10)) == len(calls(1000))
 
 
+def compiled():
+    every = loops.serial, loops.parallel, segment_norms.serial, segment_norms.parallel, segment_norms.fold
+    return [loop.signatures for loop in every]
+
+
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_no_recompilation(scale):
     segments = [Segment(0, 3, weight_decay=0.1), Segment(5, 6, frozen=True)]
     for features in ({}, FEATURES["all"]):
         fastadam.warmup(segments=segments, scaled=scale is not None, **features)
-        before = loops.serial.signatures, loops.parallel.signatures
+        before = compiled()
         for size in (8, 50_000):
             gradients = [np.ones(size, np.float32)] * 3
             one_pass(np.ones(size, np.float32), gradients, segments, [scale] * 3, **features)
-        assert (loops.serial.signatures, loops.parallel.signatures) == before
+        assert compiled() == before
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------

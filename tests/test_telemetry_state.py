@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -45,6 +47,28 @@ def test_what_was_told_stays(rng):
     assert len({last.grad_norm for last in unread}) == 3
     assert [last.grad_norm for last in unread] == [last.grad_norm for last, _ in kept]
     assert unread[-1] is late.last_step
+
+
+def test_what_was_read_keeps_nothing_else(rng):
+    params, (grads, *_) = problem(rng)
+    opt = FusedAdam(telemetry=True)
+    opt.step(params, grads)
+    last, owner = opt.last_step, weakref.ref(opt._segmented._telemetry)
+    assert last.nonfinite == 0
+    del opt
+    gc.collect()
+    assert owner() is None
+    assert last.step == 1
+
+
+def test_a_failed_step_changes_nothing_that_was_told():
+    """Of the learning rate, too, where another schedule fails after the optimizer's own."""
+    fails = Segment(0, 2, lr=lambda step: 0.1 if step == 1 else -1.0)
+    opt, params = FusedAdam(lambda step: 0.1 / step, segments=[fails]), np.ones(4)
+    opt.step(params, np.ones(4))
+    with pytest.raises(ValueError, match="segments"):
+        opt.step(params, np.ones(4))
+    assert opt.last_step.lr == 0.1
 
 
 def test_reading_again_tells_the_same(rng, monkeypatch):
