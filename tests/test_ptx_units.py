@@ -69,7 +69,10 @@ class Run:
         place = (self.gpu, self.param, self.h, c)
         self.clock = clocks.fitting(self.clock, *place, c.scaled_types, 0, self.segments)
         look = Look(SCALE, None, MAX_NORM, skips=True, clears_all=summed)
-        self.gpu.plan_on_clock(self.param, self.grad, self.states, self.clock, look)()
+        take = self.gpu.plan_on_clock(self.param, self.grad, self.states, self.clock, look)
+        report = self.gpu.plan_report(self.param, self.clock)
+        take()
+        report()
         if summed:
             left[:] = 0
         self.compare(left)
