@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadam import buffers
+from fastadam import buffers, formats
 from fastadam.checks import count as require_count
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.kernels.grids import PACK
@@ -24,7 +24,7 @@ class Accumulator:
     calls : int
         Gradients in the sum.
     total : Buffer or None
-        The sum, shape (n,), of their dtype; None before the first call.
+        The sum, shape (n,), of the dtype of the arithmetic; None before the first call.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Accumulator:
             if isinstance(like, DeviceBuffer):
                 self.total, self._memory = _on_device(kernels, like, self.total)
             elif self.total is None:
-                self.total = np.zeros(like.size, like.dtype)
+                self.total = np.zeros(like.size, formats.math_of(like.dtype))
             self._kernels = kernels
         return self.total
 
@@ -83,7 +83,7 @@ class Accumulator:
                 raise ValueError(f"state_dict must have the key {key!r} beside {found[0]!r}.")
         total, calls = (entries.pop(key) for key in _KEYS)
         label = f"state_dict['{_KEYS[0]}']"
-        array = buffers.flat(total, label, writable=False)
+        array = buffers.flat(total, label, writable=False, codes=False)
         buffers.require_in_cpu_memory(label, array)
         accumulator.calls = require_count(f"state_dict['{_KEYS[1]}']", plain(calls))
         accumulator.total = np.array(array)

@@ -1,7 +1,8 @@
 """Any array -> a flat buffer that shares its memory, or an error that says what is wrong and what helps.
 
-A buffer is a NumPy array in CPU memory, a :class:`fastadam.kernels.cuda.DeviceBuffer` in GPU memory. Nothing
-here copies, and nothing here writes.
+A buffer is a NumPy array in CPU memory, of codes where it holds float16 or bfloat16
+(:mod:`fastadam.formats`), a :class:`fastadam.kernels.cuda.DeviceBuffer` in GPU memory. Nothing here copies,
+and nothing here writes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fastadam import backends, device_buffers
-from fastadam.device_buffers import FLOATS
+from fastadam import backends, device_buffers, formats
+from fastadam.formats import FLOATS
 from fastadam.kernels.cuda import DeviceBuffer
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -22,20 +23,25 @@ _DLPACK_CPU = (1, 3, 11)  # kDLCPU, and host memory pinned for CUDA (3) or ROCm 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-def flat(buffer: object, name: str, *, writable: bool, backend: str | None = None) -> Buffer:
+def flat(
+    buffer: object, name: str, *, writable: bool, backend: str | None = None, codes: bool = True
+) -> Buffer:
     """View an array as a flat buffer.
 
     Parameters
     ----------
     buffer : array_like
-        A C-contiguous array of any shape, float32 or float64: NumPy's, or anything that exposes one without a
-        copy through DLPack, ``__array_interface__``, the buffer protocol or ``__cuda_array_interface__``.
+        A C-contiguous array of any shape, float32, float64, float16 or bfloat16: NumPy's, or anything that
+        exposes one without a copy through DLPack, ``__array_interface__``, the buffer protocol or
+        ``__cuda_array_interface__``.
     name : str
         What errors call it.
     writable : bool
         Whether it must be writable.
     backend : str, optional
         The backend that was asked for.
+    codes : bool
+        Whether it may be of 16 bits.
 
     Returns
     -------
@@ -59,7 +65,9 @@ def flat(buffer: object, name: str, *, writable: bool, backend: str | None = Non
             return adopted
         array = adopted
     if array.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32 or float64; got {array.dtype}.")
+        if not codes:
+            raise TypeError(f"{name} must be float32 or float64; got {array.dtype}.")
+        array = formats.codes(array, name, getattr(buffer, "dtype", array.dtype))
     flags = array.flags
     if not flags.c_contiguous:
         raise ValueError(
@@ -71,19 +79,29 @@ def flat(buffer: object, name: str, *, writable: bool, backend: str | None = Non
     return array if array.ndim == 1 else array.reshape(-1)
 
 
-def require_same_layout(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
-    """Raise unless ``array`` has the size (ValueError), dtype and device (TypeError) of ``other``."""
+def require_same_layout(name: str, array: Buffer, other_name: str, other: Buffer) -> bool:
+    """Do what :func:`require_same_size` does, and raise TypeError if devices differ."""
     if type(array) is not np.ndarray or type(other) is not np.ndarray:
         _require_same_device(name, array, other_name, other)
-    require_same_size(name, array, other_name, other)
+    return require_same_size(name, array, other_name, other)
 
 
-def require_same_size(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
-    """Raise unless ``array`` has the size (ValueError) and the dtype (TypeError) of ``other``."""
+def require_same_size(name: str, array: Buffer, other_name: str, other: Buffer) -> bool:
+    """Raise unless ``array`` has the size of ``other`` (ValueError), and a rule can take both (TypeError).
+
+    Returns
+    -------
+    bool
+        Whether they have the same dtype.
+    """
     if array.size != other.size:
         raise ValueError(f"{name} must have the size of {other_name} ({other.size}); got {array.size}.")
-    if array.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}); got {array.dtype}.")
+    if array.dtype == other.dtype:
+        return True
+    if formats.math_of(array.dtype) != formats.math_of(other.dtype):
+        wanted, found = formats.name_of(other.dtype), formats.name_of(array.dtype)
+        raise TypeError(f"{name} must have the dtype of {other_name} ({wanted}); got {found}.")
+    return False
 
 
 def require_disjoint(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
@@ -176,6 +194,10 @@ def _device_interface(buffer: Any) -> tuple[Any, dict[str, Any] | None, bool]:
 
 def _share(buffer: Any) -> Array | None:
     if type(buffer).__module__.partition(".")[0] == "torch":
+        if formats.is_bfloat16(buffer.dtype) and not buffer.requires_grad:  # else numpy() says what helps
+            import torch
+
+            buffer = buffer.view(torch.int16)
         shared: Array = buffer.numpy()  # by DLPack, tensors of older versions would be read-only
         return shared
     if hasattr(buffer, "__dlpack__"):

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastadam import backends, streams
+from fastadam.formats import FLOATS, is_bfloat16
 from fastadam.kernels.cuda import DeviceBuffer
-
-FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-"""The dtypes of parameters and gradients."""
 
 
 def flat(
@@ -56,7 +54,9 @@ def flat(
     if interface.get("mask") is not None:
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its data.")
     if dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32 or float64; got {getattr(buffer, 'dtype', dtype)}.")
+        given = getattr(buffer, "dtype", dtype)
+        later = " on a GPU, for now" if dtype == np.float16 or is_bfloat16(given) else ""
+        raise TypeError(f"{name} must be float32 or float64{later}; got {given}.")
     if strides is not None and not _is_contiguous(shape, strides, dtype.itemsize):
         raise ValueError(
             f"{name} must be C-contiguous; got shape {shape} with strides {tuple(strides)}."

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from fastadam import bias_correction
+from fastadam import bias_correction, precision
 from fastadam.checks import at_least_zero, real, require_flag
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import KernelTypes
@@ -70,6 +70,11 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "ema_decay": _ema_decay,
     "zero_grads": require_flag,
     "telemetry": require_flag,
+    "state_dtype": precision.state_dtype,
+    "master_params": precision.master_params,
+    "rounding": precision.rounding,
+    "seed": precision.from_zero,
+    "offset": precision.from_zero,
 }
 
 
@@ -108,6 +113,14 @@ class Hyperparameters:
         Set the gradients to zero.
     telemetry : bool
         Report norms and counts of each step.
+    state_dtype : str or tuple of str
+        How the moments are stored: "float32" (the dtype of the arithmetic) or "bfloat16"; one for each.
+    master_params : str or None
+        What is kept of 16-bit parameters: "float32", or "split", what they lack.
+    rounding : str
+        Of what is stored in 16 bits: "stochastic" or "nearest".
+    seed, offset : int
+        Of stochastic rounding; index of the first element in the whole buffer.
 
     Raises
     ------
@@ -130,6 +143,11 @@ class Hyperparameters:
     ema_decay: float | None = None
     zero_grads: bool = False
     telemetry: bool = False
+    state_dtype: precision.StateDtype = "float32"
+    master_params: str | None = None
+    rounding: str = "stochastic"
+    seed: int = 0
+    offset: int = 0
 
     def __post_init__(self) -> None:
         for name in _CHECKS:
@@ -151,6 +169,11 @@ class Hyperparameters:
         """The names of what is kept of each element: the moments in the order of the rule, the average."""
         moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
         return moments if self.ema_decay is None else (*moments, "param_ema")
+
+    @property
+    def stores_plainly(self) -> bool:
+        """Whether all that is kept is of the dtype of the arithmetic."""
+        return self.state_dtype == "float32" and self.master_params is None
 
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))

@@ -9,14 +9,26 @@ from typing import Any, cast
 
 import numpy as np
 
-from fastadam import backends, buffers, clocks, device_buffers, device_steps, streams
+from fastadam import (
+    backends,
+    buffers,
+    clocks,
+    device_buffers,
+    device_steps,
+    formats,
+    precision,
+    stored,
+    streams,
+)
 from fastadam.accumulation import Accumulator
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, divisor
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import Clock
+from fastadam.kernels.rounding import PLAIN
 from fastadam.last_step import Done, LastStep
+from fastadam.precision import StateDtype
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments
 from fastadam.state import State, plain, require_keys
@@ -73,6 +85,19 @@ class FusedAdam(Tunables):
         Report of each step the norms of the gradient, of the update and of the parameters, how many elements
         of the gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`). They are
         formed in the same pass, and change no bit of it.
+    state_dtype : {"float32", "bfloat16"} or a pair of them, default "float32"
+        How the moments are stored; a pair is for ``exp_avg`` and ``exp_avg_sq``. With float64 parameters only
+        the default, which is float64 then. This and what follows: ``docs/storage.md``.
+    master_params : {None, "float32", "split"}, default None
+        Keep 16-bit parameters exactly, in the state: as float32, or as what is missing of bfloat16 parameters
+        to it, 2 bytes.
+    rounding : {"stochastic", "nearest"}, default "stochastic"
+        Of what is stored in 16 bits: moments, and parameters without a master. To the nearest, averages stop
+        following: their steps are smaller than half a unit in the last place.
+    seed : int, default 0
+        Of stochastic rounding, in [0, 2**53). There is no generator: (seed, step, element) give the bits.
+    offset : int, default 0
+        Index of the buffer's first element in the whole buffer of which it is a shard, in [0, 2**53).
     segments : iterable of Segment, default ()
         Parts of the buffer with hyperparameters of their own, which do not overlap: see
         :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
@@ -140,6 +165,11 @@ class FusedAdam(Tunables):
         ema_decay: float | None = None,
         zero_grads: bool = False,
         telemetry: bool = False,
+        state_dtype: StateDtype = "float32",
+        master_params: str | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
+        offset: int = 0,
         segments: Iterable[Segment] = (),
         backend: str | None = None,
         capturable: bool = False,
@@ -158,6 +188,11 @@ class FusedAdam(Tunables):
             ema_decay,
             zero_grads,
             telemetry,
+            state_dtype,
+            master_params,
+            rounding,
+            seed,
+            offset,
         )
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
@@ -180,13 +215,15 @@ class FusedAdam(Tunables):
         flat_grads: object = None,
         *,
         grad_scale: object = None,
+        out: object = None,
         stream: object = None,
     ) -> None:
         """Advance the parameters by one step, in place.
 
         Reads ``flat_params``, ``flat_grads`` and the moments, writes ``flat_params`` and the moments: 28
         bytes per float32 element. ``max_grad_norm`` and ``skip_nonfinite`` take a pass over ``flat_grads``
-        before: 4 bytes. ``ema_decay`` reads and writes 8 more, ``zero_grads`` writes 4. A call that raises
+        before: 4 bytes. ``ema_decay`` reads and writes 8 more, ``zero_grads`` writes 4; ``docs/storage.md``
+        has the bytes of 16-bit storage. A call that raises
         has changed nothing; only what a signal handler raises, such as ``KeyboardInterrupt``, may follow a
         step that was taken whole and counted.
 
@@ -198,15 +235,20 @@ class FusedAdam(Tunables):
         ----------
         flat_params : array_like
             The parameters, n elements, read and written: a C-contiguous, writable array of any shape, float32
-            or float64. In CPU memory, NumPy's or anything that shares its memory (DLPack,
-            ``__array_interface__``, buffer protocol), such as a detached torch tensor. In GPU memory, aligned
-            to its elements, CuPy's, Numba's or anything with ``__cuda_array_interface__`` or DLPack.
+            or float64, in CPU memory float16 or bfloat16, too. In CPU memory, NumPy's or anything that shares
+            its memory (DLPack, ``__array_interface__``, buffer protocol), such as a detached torch tensor. In
+            GPU memory, aligned to its elements, CuPy's, Numba's or anything with
+            ``__cuda_array_interface__`` or DLPack.
         flat_grads : array_like
-            The gradients, n elements of the same dtype on the same device, read only; they may be read-only.
+            The gradients, n elements on the same device, of the same dtype, or, in CPU memory, any other than
+            float64 beside one other than float64; read only, and they may be read-only.
             Written, too, with ``zero_grads``. None, the default, is the mean of what :meth:`accumulate` has
             added up, which is cleared.
         grad_scale : float, optional
             What the loss was multiplied with, greater than 0: the gradients are divided by it.
+        out : array_like, optional
+            Gets a copy of the new parameters, in the same pass: n elements of float32, float16 or bfloat16 in
+            CPU memory; written only, to the nearest. A step that is skipped leaves it as it is.
         stream : optional
             The CUDA stream on which to queue the step: an object of any library, or the handle. Without it,
             the current stream of the library that made ``flat_params``, in the right order with that of
@@ -215,13 +257,14 @@ class FusedAdam(Tunables):
         Raises
         ------
         TypeError
-            If a buffer is not an array, cannot be shared or written to in place, has another dtype than
-            float32, float64, the parameters or the moments, or lies elsewhere than the parameters, the
-            moments or the backend; or if ``stream`` is no stream.
+            If a buffer is not an array, cannot be shared or written to in place, has another dtype than those
+            above, or lies elsewhere than the parameters, the moments or the backend; or if ``stream`` is no
+            stream.
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
             overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
-            segment ends behind them; if ``grad_scale`` is out of its range; or if the stream is being
+            segment ends behind them, or there is other storage on a GPU; if the parameters cannot be stored
+            as the hyperparameters say; if ``grad_scale`` is out of its range; or if the stream is being
             captured and the step could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
@@ -233,7 +276,7 @@ class FusedAdam(Tunables):
         else:
             clears = self._hyperparameters.zero_grads
             grads = buffers.flat(flat_grads, "flat_grads", writable=clears, backend=self._backend)
-        buffers.require_same_layout("flat_grads", grads, "flat_params", params)
+        alike = buffers.require_same_layout("flat_grads", grads, "flat_params", params)
         buffers.require_disjoint("flat_grads", grads, "flat_params", params)
         on_device = isinstance(params, DeviceBuffer)
         if on_device:
@@ -245,14 +288,21 @@ class FusedAdam(Tunables):
         if kernels is None:  # the first step, or the first after load_state_dict
             kernels, state = self._begin(params, grads)
         moments, block = state._arrays, state._block
-        buffers.require_same_layout("flat_params", params, "the state", moments[0])
+        buffers.require_same_layout("flat_params", params, "the state", state._layout)
         buffers.require_disjoint("flat_params", params, "the state", block)
         buffers.require_disjoint("flat_grads", grads, "the state", block)
 
         c = self._coefficients
         if c is None or c.dtype != params.dtype:
-            c = self._coefficients = Coefficients(self._hyperparameters, params.dtype)
-        loops = kernels if self._segments is None or on_device else self._with_segments(c, params, state)
+            math = formats.math_of(params.dtype)
+            if c is None or c.dtype != math:
+                c = self._coefficients = Coefficients(self._hyperparameters, math)
+            alike = alike and params.dtype == math
+        loops = kernels
+        if on_device:
+            stored.require_plain(self._hyperparameters, out)
+        elif out is not None or not alike or self._segments is not None:
+            loops = self._other_loops(kernels, c, params, grads, state, out, alike)
         if on_device:
             take, report = device_steps.plan(
                 kernels,
@@ -279,12 +329,15 @@ class FusedAdam(Tunables):
 
         last: Done | Coefficients | LastStep
         update: Any
+        types: Any
         if grad_scale is None and c.is_plain and loops is kernels and not summed:
             # Coefficients.update, without a call: 0.2 us.
             last, clear, types = c, None, c.types
             update = (None, c.direction, c.decay, c.rule(state._step + 1), None)
         else:
             last, update, clear, types = self._look_at(loops, grads, c, state, grad_scale, summed)
+            if loops is not kernels and loops.kinds:
+                types = (types, *loops.kinds)
             if update is None:  # skipped
                 if clear is not None:
                     for start, stop in ((0, grads.size),) if loops is kernels or summed else loops.runs:
@@ -346,7 +399,7 @@ class FusedAdam(Tunables):
         if state._arrays:
             # A state of a checkpoint or a copy goes where the parameters are with the next step.
             fits = buffers.require_same_size if self._kernels is None else buffers.require_same_layout
-            fits("flat_grads", grads, "the state", state._arrays[0])
+            fits("flat_grads", grads, "the state", state._layout)
             buffers.require_disjoint("flat_grads", grads, "the state", state._block)
         if total is not None:
             fits = (
@@ -404,6 +457,9 @@ class FusedAdam(Tunables):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the hyperparameters, the segments, the moments and the step counter.
 
+        ``state_dtype`` and ``master_params`` stay those of the optimizer: moments are converted, exactly or
+        to the nearest, and masters that are not in it begin with the parameters of the next step.
+
         A callable ``lr`` stays: the optimizer's own, and that of a segment if one of the same elements is
         loaded. Where ``state_dict`` has no segments, there are none afterwards.
 
@@ -431,13 +487,23 @@ class FusedAdam(Tunables):
         values = {name: plain(entries.pop(name)) for name in names if name in entries}
         if callable(self.lr):
             values["lr"] = self.lr
+        said = precision.state_dtype("state_dtype", values.get("state_dtype", "float32"))
+        master = precision.master_params("master_params", values.get("master_params"))
+        if master not in {None, self.master_params}:
+            raise ValueError(
+                f"state_dict['master_params'] must be {self.master_params!r}, the optimizer's own; got"
+                f" {master!r}. Make the optimizer with it."
+            )
+        values["state_dtype"], values["master_params"] = self.state_dtype, self.master_params
         array = entries.pop("segments", None)
         loaded = Segments(()) if array is None else Segments.from_array(array, self.segments)
         hyperparameters = Hyperparameters(**values)
         if self._capturable:
             clocks.require_possible(hyperparameters, loaded)
         accumulator = Accumulator.from_dict(entries)
-        state = State.from_dict(entries, hyperparameters.state, self._state)
+        kinds = (precision.of_states(hyperparameters.state, kind) for kind in (said, self.state_dtype))
+        said_of_each, wanted = kinds
+        state = State.from_dict(entries, hyperparameters.state, self._state, said=said_of_each, wanted=wanted)
         self._hyperparameters = hyperparameters
         self._use(loaded)
         self._replace_state(state, accumulator)
@@ -467,6 +533,11 @@ class FusedAdam(Tunables):
             before the first step.
         """
         params = buffers.flat(flat_params, "flat_params", writable=True, backend=self._backend)
+        if params.dtype not in formats.FLOATS:
+            raise TypeError(
+                "flat_params must be float32 or float64 for swap_ema; got"
+                f" {formats.name_of(params.dtype)}. Convert state.param_ema into another buffer."
+            )
         if self._state.param_ema is None:
             raise ValueError(
                 "swap_ema must come after a step with ema_decay; got no average of the parameters."
@@ -506,7 +577,8 @@ class FusedAdam(Tunables):
         self._use(new)
 
     def _use(self, segments: Segments) -> None:
-        self._segments = segments if segments.given or self._hyperparameters.telemetry else None
+        h = self._hyperparameters
+        self._segments = segments if segments.given or h.telemetry or not h.stores_plainly else None
         self._segmented = self._prepared = None
 
     def _summed(self, params: buffers.Buffer, flat_grads: object) -> buffers.Buffer:
@@ -543,20 +615,22 @@ class FusedAdam(Tunables):
         if state._kernels is not None:  # shared with a copy of this optimizer that has stepped
             return state._kernels, state
         kernels = backends.load(self._choose(params, "flat_params"))
-        names = self._hyperparameters.state
+        h = self._hyperparameters
+        names, master = h.state, stored.master_of(h)
         if state._arrays:
-            buffers.require_same_size("flat_params", params, "the state", state._arrays[0])
+            buffers.require_same_size("flat_params", params, "the state", state._layout)
         if isinstance(params, DeviceBuffer):
+            stored.require_plain(h, None)
             if streams.is_captured(kernels, params, cast("DeviceBuffer", grads)):
                 raise ValueError(
                     "stream must not be in capture: the first step allocates the moments."
                     " Take one step before."
                 )
             return kernels, State.on_device(kernels, params, names, state)
-        if not state._arrays:
-            state = State(names, params.size, params.dtype, state.step)
-            if state.param_ema is not None:
-                state._views[-1][:] = params
+        stored.require_possible(h, params)
+        if not state._arrays or (state._master is None and master is not None):
+            kinds = precision.of_states(names, h.state_dtype)
+            state = State.of_params(params, names, kinds, master, state)
         return kernels, state
 
     def _look_at(
@@ -600,12 +674,31 @@ class FusedAdam(Tunables):
             last = kernels.watch(last, scale)
         return last, update, clear, types
 
-    def _with_segments(self, c: Coefficients, params: buffers.Buffer, state: State) -> Segmented:
+    def _other_loops(
+        self,
+        kernels: Any,
+        c: Coefficients,
+        params: buffers.Buffer,
+        grads: buffers.Buffer,
+        state: State,
+        out: object,
+        alike: bool,
+    ) -> Any:
         """Return what takes the place of the backend for the next step."""
-        found, given = self._segmented, cast("Segments", self._segments)
+        h, given = self._hyperparameters, self.segments
+        storage, step = PLAIN, state._step + 1
+        kinds: tuple[object, ...] = ()
+        if out is not None or not alike or not h.stores_plainly:
+            storage, kinds = stored.storage_of(h, cast("buffers.Array", params), grads, out, state, step)
+            if h.telemetry:
+                raise ValueError("telemetry must be False with 16-bit storage or out, for now; got True.")
+            if not given:
+                return stored.Stored(kernels, storage, params.size, kinds)
+        found = self._segmented
         if found is None or found.c is not c or found.size != params.size:
-            found = self._segmented = Segmented(given, self._hyperparameters, c, params.size)
-        found.step = state._step + 1
+            segments = cast("Segments", self._segments)
+            found = self._segmented = Segmented(segments, h, c, params.size)
+        found.step, found.storage, found.kinds = step, storage, kinds
         return found
 
     def _change(self, **values: Any) -> None:

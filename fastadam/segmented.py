@@ -9,6 +9,7 @@ from typing import Any
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import rules
+from fastadam.kernels.rounding import PLAIN, Storage
 from fastadam.last_step import Done, LastStep
 from fastadam.rows import Rows
 from fastadam.segments import Segments
@@ -40,6 +41,8 @@ class Segmented:
         from fastadam.kernels import segments as loops  # imports Numba
 
         self.c, self.size, self.step = c, size, 0
+        self.storage: Storage = PLAIN
+        self.kinds: tuple[object, ...] = ()  # what a loop is compiled for because of it
         self._loops = loops
         self._units = segments.units(size)
         self._chunks = partial(segments.chunks, self._units)
@@ -81,7 +84,7 @@ class Segmented:
         """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
         c = self._rows.with_decay(c)
         if self._telemetry is None:
-            self._loops.prepare(params, grads, states, self._table, c, clear)
+            self._loops.prepare(params, grads, states, self._table, c, clear, self.storage)
         else:
             self._telemetry.prepare(params, grads, states, c, clear)
 
@@ -90,7 +93,7 @@ class Segmented:
         self._rows.form(self.step)
         c = self._rows.with_decay(c)
         if self._telemetry is None:
-            return self._loops.plan(params, grads, states, self._table, c, clear)
+            return self._loops.plan(params, grads, states, self._table, c, clear, self.storage)
         take: Callable[[], None] = self._telemetry.plan(
             params, grads, states, self._table, self._scratch, c, clear
         )
@@ -106,6 +109,10 @@ class Segmented:
             from fastadam.kernels import segment_norms
 
             segment_norms.prepare(self.c.dtype)
+
+    def warmup_stored(self, params: Any, states: Any, c: rules.Update, clear: Any, storage: Storage) -> None:
+        """Compile, or load from the disk cache, all loops for arrays without elements in any storage."""
+        self._loops.warmup_stored(params, states, self._rows.with_decay(c), clear, storage)
 
     # --- And what they have not -----------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
-"""What an optimizer remembers between steps: the moments, an average of the parameters, the step counter."""
+"""What an optimizer remembers between steps: moments, average and masters of the parameters, step counter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
 
-from fastadam import buffers
+from fastadam import buffers, formats, loading
 from fastadam.buffers import Buffer
 from fastadam.checks import count
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
@@ -21,6 +22,9 @@ _STAGGER = 64 * 1024 + _CACHE_LINE
 without the gap a step of 2**26 float32 elements can take twice as long (CONTRIBUTING.md)."""
 _SWAPPED = 2**16
 """Elements that are exchanged at a time: they stay in the cache."""
+MASTERS = {"float32": "param_master", "split": "param_remainder"}
+"""What a master of the parameters is called in the state."""
+_MASTER_DTYPES = {"param_master": np.float32, "param_remainder": np.int16}
 _LARGE = 2**24
 """Bytes of a moment from which the gap helps: the moments do not fit a cache. In the cache it costs 10 %."""
 
@@ -29,41 +33,59 @@ class State:
     """The moments and the step counter of one optimizer.
 
     The meanings are PyTorch's: the moments are not debiased, ``step`` counts the steps taken. The attributes
-    cannot be set; the moments are flat views of the optimizer's own memory, with the size and dtype of the
-    parameters, and writing to them changes the state. On a GPU they are arrays of the backend's library (CuPy
+    cannot be set; the moments are flat views of the optimizer's own memory, with the size of the parameters
+    and the dtype of the arithmetic or that of ``state_dtype``, and writing to them changes the state; to see
+    bfloat16 needs ml_dtypes. On a GPU they are arrays of the backend's library (CuPy
     or Numba), and what writes to them must be in stream order with the steps.
 
     Parameters
     ----------
     names : tuple of str
-        The moments, in the order of the rule's ``state``.
+        The moments, in the order of the rule's ``state``, and behind them a master of the parameters.
     size : int
         Elements of each.
     dtype : dtype
-        Of each.
+        Of the arithmetic.
     step : int
         Steps taken.
+    stored : tuple of dtype, optional
+        Of each in memory, where it is not that of the arithmetic.
     """
 
     # _arrays and _block are for the optimizer. Nobody else gets them: a kernel trusts their size and dtype.
-    __slots__ = ("_arrays", "_block", "_clock", "_kernels", "_names", "_step", "_views")
+    __slots__ = (
+        *("_arrays", "_block", "_clock", "_kernels", "_layout", "_master", "_names", "_step", "_views"),
+    )
 
     def __init__(
-        self, names: tuple[str, ...] = (), size: int = 0, dtype: Any = np.float32, step: int = 0
+        self,
+        names: tuple[str, ...] = (),
+        size: int = 0,
+        dtype: Any = np.float32,
+        step: int = 0,
+        stored: tuple[np.dtype[Any], ...] | None = None,
     ) -> None:
         # One block for all moments: one allocation, one overlap check. Fresh pages are zero, untouched.
-        itemsize = np.dtype(dtype).itemsize
-        gap = _STAGGER if size * itemsize >= _LARGE else 0
-        stride = -(-size * itemsize // _CACHE_LINE) * _CACHE_LINE + gap
-        memory = np.zeros(gap + len(names) * stride + _CACHE_LINE, np.uint8)
+        stored = stored or (np.dtype(dtype),) * len(names)
+        lengths = [size * kind.itemsize for kind in stored]
+        gap = _STAGGER if max(lengths, default=0) >= _LARGE else 0
+        strides = [-(-length // _CACHE_LINE) * _CACHE_LINE + gap for length in lengths]
+        memory = np.zeros(gap + sum(strides) + _CACHE_LINE, np.uint8)
         start = -memory.ctypes.data % _CACHE_LINE + gap
+        starts = accumulate(strides, initial=start)
         self._names = names
         self._block: Buffer = memory
         self._views: tuple[Any, ...] = tuple(
-            memory[offset : offset + size * itemsize].view(dtype)
-            for offset in (start + k * stride for k in range(len(names)))
+            memory[offset : offset + length].view(kind)
+            for offset, length, kind in zip(starts, lengths, stored, strict=False)
         )
-        self._arrays: tuple[Buffer, ...] = self._views  # what a kernel takes
+        has_master = bool(names) and names[-1] in MASTERS.values()
+        self._master: Any = self._views[-1] if has_master else None
+        self._arrays: tuple[Buffer, ...] = (
+            self._views[:-1] if has_master else self._views
+        )  # a kernel's states
+        # Of the size and the dtype of the arithmetic, in no memory to speak of.
+        self._layout: Buffer = np.broadcast_to(np.zeros((), dtype), size)
         self._step = step
         self._kernels: Cuda | None = None  # where the moments lie in GPU memory
         self._clock: Clock | None = None  # where the step counter does, too
@@ -108,20 +130,66 @@ class State:
         state._block = buffer(0, total, np.uint8)
         state._arrays = tuple(buffer(start, like.size, like.dtype) for start in starts)
         state._views = tuple(memory[start : start + nbytes].view(like.dtype) for start in starts)
+        state._layout = state._arrays[0]
         return state
 
     @classmethod
-    def from_dict(cls, entries: Mapping[str, Any], names: tuple[str, ...], current: State) -> State:
+    def of_params(
+        cls,
+        params: buffers.Array,
+        names: tuple[str, ...],
+        stored: tuple[str, ...],
+        master: str | None,
+        host: State,
+    ) -> State:
+        """Return a state in CPU memory for parameters of which there is none, or one without the master.
+
+        Parameters
+        ----------
+        params : ndarray
+            With which an average and a master begin.
+        names, stored : tuple of str
+            The states, and the format of each.
+        master : str or None
+            The name of the master.
+        host : State
+            What it starts from: a state with these moments, or with none.
+        """
+        math = formats.math_of(params.dtype)
+        dtypes = [formats.stored_as(kind, math) for kind in stored]
+        if master is not None:
+            names, dtypes = (*names, master), [*dtypes, np.dtype(_MASTER_DTYPES[master])]
+        state = cls(names, params.size, math, host._step, tuple(dtypes))
+        for mine, theirs in zip(state._views, host._views, strict=False):
+            mine[:] = theirs
+        if not host._views and state.param_ema is not None:
+            state._arrays[-1][:] = formats.decoded(params)  # type: ignore[index]
+        if master == MASTERS["float32"]:
+            state._master[:] = formats.decoded(params)
+        return state
+
+    @classmethod
+    def from_dict(
+        cls,
+        entries: Mapping[str, Any],
+        names: tuple[str, ...],
+        current: State,
+        *,
+        said: tuple[str, ...] | None = None,
+        wanted: tuple[str, ...] | None = None,
+    ) -> State:
         """Return the state that ``to_dict`` gave, in CPU memory and arrays of its own.
 
         Parameters
         ----------
         entries : mapping
-            ``"step"`` and, once a step was taken, the moments.
+            ``"step"`` and, once a step was taken, the moments; and a master of the parameters or none.
         names : tuple of str
             The moments that the rule keeps.
         current : State
             The state to be replaced; where it has moments, the new ones must be of their size and dtype.
+        said, wanted : tuple of str, optional
+            The format of each moment in the entries, and in the state: "float32" is that of the arithmetic.
 
         Raises
         ------
@@ -130,41 +198,56 @@ class State:
         """
         require_keys(entries, ["step"])
         step = count("state_dict['step']", plain(entries["step"]), least=0)
-        unknown = [key for key in entries if key not in {"step", *names}]
+        masters = tuple(name for name in _MASTER_DTYPES if name in entries)
+        unknown = [key for key in entries if key not in {"step", *names, *masters}]
         if unknown:
             raise ValueError(f"state_dict must have no key {unknown[0]!r}.")
         if step == 0 and len(entries) == 1:
             return cls()
         require_keys(entries, names)
 
+        said, wanted = (kinds or ("float32",) * len(names) for kinds in (said, wanted))
+        names, said, wanted = (*names, *masters), (*said, *masters), (*wanted, *masters)
         labels = [f"state_dict['{name}']" for name in names]
-        moments = [
-            buffers.flat(entries[name], label, writable=False)
-            for name, label in zip(names, labels, strict=True)
-        ]
-        size, dtype = moments[0].size, moments[0].dtype
-        model = current._arrays[0] if current._arrays else moments[0]
+        moments = [loading.array(entries[n], f, kind) for n, f, kind in zip(names, labels, said, strict=True)]
+        math = formats.math_of(moments[0].dtype)
+        model = current._layout if current._arrays else np.broadcast_to(np.zeros((), math), moments[0].size)
         model_label = "the state" if current._arrays else labels[0]
-        for moment, label in zip(moments, labels, strict=True):
+        for moment, label, kind in zip(moments, labels, said, strict=True):
             buffers.require_in_cpu_memory(label, moment)
+            if kind in MASTERS.values() and math != formats.FLOAT32:
+                raise TypeError(f"{label} must come with moments of float32; got {math}.")
             buffers.require_same_size(label, moment, model_label, model)
+        dtypes = tuple(loading.dtype_of(kind, math) for kind in wanted)
 
-        state = cls(names, size, dtype, step)
+        state = cls(names, moments[0].size, math, step, dtypes)
         for array, moment in zip(state._views, moments, strict=True):
-            array[...] = moment
+            array[...] = loading.converted(moment, array.dtype)
         return state
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
         kernels, arrays = self._kernels, self._arrays
-        copies = [
-            view.copy() if kernels is None else kernels.to_host(view, cast("DeviceBuffer", array).device)
-            for view, array in zip(self._views, arrays, strict=True)
-        ]
+        if kernels is None:
+            copies = [
+                (view.view(np.uint16) if self._is_coded(name) else view).copy()
+                for name, view in zip(self._names, self._views, strict=True)
+            ]
+        else:
+            copies = [
+                kernels.to_host(view, cast("DeviceBuffer", array).device)
+                for view, array in zip(self._views, arrays, strict=True)
+            ]
         return {"step": self.step, **dict(zip(self._names, copies, strict=True))}
 
+    def _is_coded(self, name: str) -> bool:
+        view = self._views[self._names.index(name)]
+        return view.dtype == formats.BFLOAT16 and name not in _MASTER_DTYPES
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._names, self.to_dict())
+        names = tuple(name for name in self._names if name not in _MASTER_DTYPES)
+        stored = tuple("bfloat16" if self._is_coded(name) else "float32" for name in names)
+        return _restore, (names, stored, self.to_dict())
 
     @property
     def step(self) -> int:
@@ -174,12 +257,21 @@ class State:
     @property
     def arrays(self) -> tuple[Any, ...]:
         """Views of the moments in the order of the rule's ``state``; empty before the first step."""
-        return tuple(view[:] for view in self._views)
+        return tuple(
+            formats.shown(view) if self._is_coded(name) else view[:]
+            for name, view in zip(self._names, self._views, strict=True)
+        )
 
     @property
     def moments(self) -> dict[str, Any]:
         """A new dict of name -> view of the moment; empty before the first step."""
         return dict(zip(self._names, self.arrays, strict=True))
+
+    def _view(self, name: str) -> Any:
+        if name not in self._names:
+            return None
+        view = self._views[self._names.index(name)]
+        return formats.shown(view) if self._is_coded(name) else view[:]
 
     def leave_clock(self) -> None:
         """Count on the host again; waits for the device."""
@@ -199,25 +291,38 @@ class State:
     @property
     def param_ema(self) -> Any:
         """Average of the parameters, shape (n,), or None without ``ema_decay`` or before the first step."""
-        return self.moments.get("param_ema")
+        return self._view("param_ema")
 
     @property
     def exp_avg(self) -> Any:
         """Moving average of the gradient, shape (n,), or None before the first step."""
-        return self.moments.get("exp_avg")
+        return self._view("exp_avg")
 
     @property
     def exp_avg_sq(self) -> Any:
         """Moving average of the squared gradient, shape (n,), or None before the first step."""
-        return self.moments.get("exp_avg_sq")
+        return self._view("exp_avg_sq")
 
     @property
     def max_exp_avg_sq(self) -> Any:
         """Maximum of ``exp_avg_sq`` so far, shape (n,), or None without AMSGrad or before the first step."""
-        return self.moments.get("max_exp_avg_sq")
+        return self._view("max_exp_avg_sq")
+
+    @property
+    def param_master(self) -> Any:
+        """The parameters in float32, shape (n,), or None without ``master_params="float32"``."""
+        return self._view("param_master")
+
+    @property
+    def param_remainder(self) -> Any:
+        """What is missing to the parameters in float32, int16, or None without ``master_params="split"``."""
+        return self._view("param_remainder")
 
     def __repr__(self) -> str:
-        arrays = ", ".join(f"{name}={array.dtype}[{array.size}]" for name, array in self.moments.items())
+        arrays = ", ".join(
+            f"{name}={'bfloat16' if self._is_coded(name) else view.dtype}[{view.size}]"
+            for name, view in zip(self._names, self._views, strict=True)
+        )
         # Reading the step counter of a clock would wait for the device.
         step = self._step if self._clock is None else "<in GPU memory>"
         return f"State(step={step}{', ' if arrays else ''}{arrays})"
@@ -246,6 +351,6 @@ def _exchange(one: buffers.Array, other: buffers.Array) -> None:
         other[part] = held
 
 
-def _restore(names: tuple[str, ...], entries: dict[str, Any]) -> State:
+def _restore(names: tuple[str, ...], stored: tuple[str, ...], entries: dict[str, Any]) -> State:
     """Undo ``State.__reduce__``: the moments share one block again."""
-    return State.from_dict(entries, names, State())
+    return State.from_dict(entries, names, State(), said=stored, wanted=stored)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from fastadam.hyperparameters import Hyperparameters, Schedule
+from fastadam.precision import StateDtype
 
 
 class Tunables(ABC):
@@ -120,3 +121,28 @@ class Tunables(ABC):
     def maximize(self) -> bool:
         """Whether steps ascend."""
         return self._hyperparameters.maximize
+
+    @property
+    def state_dtype(self) -> StateDtype:
+        """How the moments are stored: a format, or one for each."""
+        return self._hyperparameters.state_dtype
+
+    @property
+    def master_params(self) -> str | None:
+        """What is kept of 16-bit parameters, or None."""
+        return self._hyperparameters.master_params
+
+    @property
+    def rounding(self) -> str:
+        """How what is stored in 16 bits is rounded."""
+        return self._hyperparameters.rounding
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return self._hyperparameters.seed
+
+    @property
+    def offset(self) -> int:
+        """Index of the first element in the whole buffer."""
+        return self._hyperparameters.offset

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from fastadam import backends, buffers
+from fastadam import backends, buffers, formats, stored
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients
 from fastadam.optimizer import FusedAdam
@@ -21,7 +21,7 @@ def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: 
     Parameters
     ----------
     dtype : dtype, default float32
-        float32 or float64.
+        Of the parameters and the gradients: float32, float64, float16 or bfloat16.
     scaled : bool, default False
         Compile for steps with a ``grad_scale``.
     **hyperparameters
@@ -41,23 +41,32 @@ def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: 
     """
     require_flag("scaled", scaled)
     opt = FusedAdam(**hyperparameters)
-    c = Coefficients(opt._hyperparameters, buffers.flat(np.empty(0, dtype), "dtype", writable=True).dtype)
+    h = opt._hyperparameters
+    params = cast("buffers.Array", buffers.flat(np.empty(0, dtype), "dtype", writable=True))
+    c = Coefficients(h, formats.math_of(params.dtype))
     name = opt._backend or (backends.cuda() if opt.capturable else "cpu")
     kernels = backends.load(name)
     types = c.scaled_types if scaled else c.types
     update = c.update(1, grad_scale=1.0 if scaled else None)
-    if name == "cpu":
+    if name != "cpu":
+        stored.require_plain(h, None)
+        if c.dtype != params.dtype:
+            raise TypeError(f"dtype must be float32 or float64 on a GPU, for now; got {np.dtype(dtype)}.")
+        if opt.segments or opt.telemetry:
+            decay = Rows(Segments(opt.segments), h, c).decay
+            entry = "step_units_observed" if opt.telemetry else "step_units"
+            kernels.warmup(types._replace(decay=type(decay)), entry)
+        else:
+            kernels.warmup(types, "step_captured" if opt.capturable or c.reads_gradients_first else "step")
+    elif not h.stores_plainly or c.dtype != params.dtype:
+        stored.require_possible(h, params)
+        stored.warmup(h, params, c, update, opt.segments)
+        if c.reads_gradients_first:
+            kernels.prepare_measure(params.dtype)
+    else:
         kernels.warmup(c.dtype, types.n_states, update, c.clear)
         if c.reads_gradients_first:
             kernels.prepare_measure(c.dtype)
         if opt.segments or opt.telemetry:
             size = max((segment.stop for segment in opt.segments), default=0)
-            Segmented(Segments(opt.segments), opt._hyperparameters, c, size).warmup(
-                types.n_states, update, c.clear
-            )
-    elif opt.segments or opt.telemetry:
-        decay = Rows(Segments(opt.segments), opt._hyperparameters, c).decay
-        entry = "step_units_observed" if opt.telemetry else "step_units"
-        kernels.warmup(types._replace(decay=type(decay)), entry)
-    else:
-        kernels.warmup(types, "step_captured" if opt.capturable or c.reads_gradients_first else "step")
+            Segmented(Segments(opt.segments), h, c, size).warmup(types.n_states, update, c.clear)

@@ -29,7 +29,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import chunks, observed, rules, storage
+from . import chunks, formats, observed, rules, storage
 
 JIT_OPTIONS = {"error_model": "numpy"}
 
@@ -44,7 +44,7 @@ def digest() -> str:
     sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.read_bytes())
-    for module in (chunks, observed, rules, storage):
+    for module in (chunks, formats, observed, rules, storage):
         for value in vars(module).values():
             function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):

@@ -1,7 +1,7 @@
 """Sum of squares and count of non-finite elements of a flat buffer: the pass before clipping.
 
-Memory traffic: reads the gradients once (4 n bytes in float32), writes 16 bytes per chunk; nothing is
-allocated.
+Memory traffic: reads the gradients once (4 n bytes in float32, 2 n in 16 bits), writes 16 bytes per chunk;
+nothing is allocated.
 
 The sum is in float64 over a fixed tree, so that it has the same bits for every number of threads, split,
 vector width and alignment, and on a GPU:
@@ -9,7 +9,7 @@ vector width and alignment, and on a GPU:
 1. A buffer is cut into chunks of ``CHUNK`` = 2048 elements; the last may be shorter.
 2. A chunk has ``LANES`` = 32 accumulators in float64 that begin at 0. Lane ``l`` adds, for ``r`` = 0, 1, ...
    in turn, the square of element ``32 r + l`` of the chunk: the element as a float64 times itself, rounded to
-   float64 (exact for float32).
+   float64 (exact for all but float64).
 3. The lanes are folded: for ``width`` = 16, 8, 4, 2, 1, every lane ``l < width`` adds lane ``l + width``.
    Lane 0 is then the partial sum of the chunk.
 4. The partial sums are summed by the same tree, themselves in place of squares, level by level, until one
@@ -36,6 +36,7 @@ from numba.extending import overload
 from . import threads
 from .chunks import sum_of_squares, sum_of_values
 from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .storage import load
 from .tree import CHUNK
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -55,7 +56,7 @@ def nonfinite_of_chunk(total: float, grads: Any, start: int, size: int) -> int:
     if not isfinite(total):
         elements = grads[start : start + size]
         for i in range(elements.size):  # vectorised; a loop over the elements themselves is not
-            nonfinite += not isfinite(elements[i])
+            nonfinite += not isfinite(load(elements, i))
     return nonfinite
 
 
@@ -143,7 +144,7 @@ def measure(grads: Array, scratch: Array) -> tuple[float, int]:
     Parameters
     ----------
     grads : ndarray, shape (n,)
-        float32 or float64, C-contiguous; read.
+        float32, float64 or codes (:mod:`fastadam.kernels.formats`), C-contiguous; read.
     scratch : ndarray, shape (m,)
         float64, C-contiguous and at least :func:`scratch_size` elements; written. Must not overlap ``grads``.
 

@@ -18,7 +18,10 @@ from numba.extending import overload
 from . import rules, threads
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM, step_element
-from .units import COLUMNS, Units
+from .rounding import PLAIN, Storage
+from .storage import at_element
+from .stored import borders
+from .units import COLUMNS, Units, cut
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,39 +66,81 @@ def _compiled_part_of_row(like: Any, coefficients: Any, row: Any, column: Any) -
 # --- The loop -----------------------------------------------------------------------------------------------
 
 
-def _step_elements(params: Any, grads: Any, states: Any, bounds: Any, c: Any, clear: Any) -> None:
+def _step_elements(
+    params: Any,
+    grads: Any,
+    states: Any,
+    bounds: Any,
+    c: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> None:
     # Not within the text of the loop over units: compilers take conditions that are the same for all elements
     # out of a loop, but of a loop in a loop they leave some inside (1.15 times the time in the cache).
     # Unsigned: an index that could be negative would keep the loop scalar.
     for i in range(np.uint64(bounds[0]), np.uint64(bounds[1])):
-        step_element(params, grads, states, i, c, clear)
+        step_element(params, grads, states, i, c, clear, rounding, master, out)
 
 
 @overload(_step_elements, jit_options=JIT_OPTIONS, strict=False)
-def _compiled_step_elements(params: Any, grads: Any, states: Any, bounds: Any, c: Any, clear: Any) -> Any:
+def _compiled_step_elements(
+    params: Any,
+    grads: Any,
+    states: Any,
+    bounds: Any,
+    c: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> Any:
     return _step_elements
 
 
 def _step_unit(
-    params: Any, grads: Any, states: Any, unit: Any, coefficients: Any, decay: Any, others: Any, clear: Any
+    params: Any,
+    grads: Any,
+    states: Any,
+    unit: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
 ) -> None:
     bounds, row = (unit[0], unit[1]), unit[2]
     conditioning, direction, rule, average = others
     rule_of_row = part_of_row(rule, coefficients, row, 1)
+    # A unit does not go across elements with another key.
+    rounding = at_element(rounding, bounds[0])
     if decay is None:  # decided by the type, when compiled
         c = (conditioning, direction, None, rule_of_row, average)
-        _step_elements(params, grads, states, bounds, c, clear)
+        _step_elements(params, grads, states, bounds, c, clear, rounding, master, out)
     elif isnan(coefficients[row, 0]):
         without = (conditioning, direction, None, rule_of_row, average)
-        _step_elements(params, grads, states, bounds, without, clear)
+        _step_elements(params, grads, states, bounds, without, clear, rounding, master, out)
     else:
         decayed = (conditioning, direction, part_of_row(decay, coefficients, row, 0), rule_of_row, average)
-        _step_elements(params, grads, states, bounds, decayed, clear)
+        _step_elements(params, grads, states, bounds, decayed, clear, rounding, master, out)
 
 
 @overload(_step_unit, jit_options=JIT_OPTIONS, strict=False)
 def _compiled_step_unit(
-    params: Any, grads: Any, states: Any, unit: Any, coefficients: Any, decay: Any, others: Any, clear: Any
+    params: Any,
+    grads: Any,
+    states: Any,
+    unit: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
 ) -> Any:
     return _step_unit
 
@@ -114,6 +159,9 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         rule: Any,
         average: Any,
         clear: Any,
+        rounding: Any,
+        master: Any,
+        out: Any,
     ) -> None:
         cache_key  # noqa: B018
         # In the serial compilation, prange is range.
@@ -121,7 +169,9 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
             for k in range(first[share], first[share + 1]):
                 unit = (units[k, 0], units[k, 1], units[k, 2])
                 others = (conditioning, direction, rule, average)
-                _step_unit(params, grads, states, unit, coefficients, decay, others, clear)
+                _step_unit(
+                    params, grads, states, unit, coefficients, decay, others, clear, rounding, master, out
+                )
 
     return step_segments
 
@@ -139,6 +189,7 @@ def plan(
     table: Table,
     c: rules.Update,
     clear: rules.Clear | None = None,
+    storage: Storage = PLAIN,
 ) -> Callable[[], None]:
     """Return the call that advances the units of ``params`` and ``states`` by one step, in place.
 
@@ -153,8 +204,13 @@ def plan(
     c : Update
         The coefficients that are the same for all units. Of the decay and of the rule only the types count; a
         decay of None is none in any unit.
+    storage : Storage
+        As for :func:`fastadam.kernels.stored.plan`.
     """
     units = table.units
+    places = borders(storage.rounding, params.size)
+    if places:
+        units = Units(cut(units.whole, np.array(places)))
     if units.total < PARALLEL_FROM:
         loop, shares = serial, units.shares(1)
     elif threads.numba_is_safe():
@@ -162,7 +218,7 @@ def plan(
     else:
         loop, shares = serial, units.shares(max(1, min(threads.count(), units.total // threads.MIN_PIECE)))
     calls = [
-        partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear)
+        partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear, *storage)
         for first in ([shares.first] if loop is parallel else _pairs(shares.first))
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
@@ -179,22 +235,37 @@ def prepare(
     table: Table,
     c: rules.Update,
     clear: rules.Clear | None = None,
+    storage: Storage = PLAIN,
 ) -> None:
     """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
     loop = parallel if table.units.total >= PARALLEL_FROM and threads.numba_is_safe() else serial
-    _call_with_nothing(loop, params, grads, states, c, clear)
+    _call_with_nothing(loop, params, grads, states, c, clear, storage)
 
 
 def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
-    empty, read_only = writable_and_not(dtype)
-    for grads in (empty, read_only) if clear is None else (empty,):
+    empty = np.empty(0, dtype)
+    warmup_stored(empty, (empty,) * n_states, c, clear, PLAIN)
+
+
+def warmup_stored(
+    params: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None, storage: Storage
+) -> None:
+    """Compile, or load from the disk cache, all loops for arrays without elements."""
+    for grads in writable_and_not(params.dtype) if clear is None else (params,):
         for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            _call_with_nothing(loop, empty, grads, (empty,) * n_states, c, clear)
+            _call_with_nothing(loop, params, grads, states, c, clear, storage)
 
 
 def _call_with_nothing(
-    loop: Any, params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Any
+    loop: Any,
+    params: Array,
+    grads: Array,
+    states: tuple[Array, ...],
+    c: rules.Update,
+    clear: Any,
+    storage: Storage,
 ) -> None:
     units, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    loop(params, grads, states, units, first, np.empty((0, len(COLUMNS)), params.dtype), *c, clear)
+    coefficients = np.empty((0, len(COLUMNS)), c.rule.eps.dtype)
+    loop(params, grads, states, units, first, coefficients, *c, clear, *storage)

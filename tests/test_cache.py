@@ -100,8 +100,8 @@ def test_serial_and_parallel_are_not_mixed_up(copied):
         ("rules.py", "return param - c.step_size", "return param + c.step_size", 0.5),
         (
             "storage.py",
-            "arrays[i] = values\n\n        return",
-            "arrays[i] = values + values\n\n        return",
+            "arrays[i] = values\n\n    elif",
+            "arrays[i] = values + values\n\n    elif",
             -1.0,
         ),
     ],

@@ -61,6 +61,9 @@ NOT_CONTIGUOUS = (
     " Keep one flat buffer and give views of it to the model."
 )
 
+NO_FORMAT = "flat_params must be float32, float64, float16 or bfloat16; got {}"
+CODES = " If it holds codes, say of what: x.view(numpy.float16) or x.view(ml_dtypes.bfloat16)."
+
 PARAMS = {
     "list": (lambda: [1.0] * N, TypeError, NOT_AN_ARRAY.format("list")),
     "None": (lambda: None, TypeError, NOT_AN_ARRAY.format("NoneType")),
@@ -71,19 +74,14 @@ PARAMS = {
         TypeError,
         "flat_params must be a plain array; got a masked array. Pass its .data.",
     ),
-    "int32": (lambda: np.ones(N, np.int32), TypeError, "flat_params must be float32 or float64; got int32."),
-    "float16": (
-        lambda: np.ones(N, np.float16),
-        TypeError,
-        "flat_params must be float32 or float64; got float16.",
-    ),
-    "object": (
-        lambda: np.array([None] * N),
-        TypeError,
-        "flat_params must be float32 or float64; got object.",
-    ),
-    "big-endian": (lambda: np.ones(N, ">f4"), TypeError, "flat_params must be float32 or float64; got >f4."),
-    "bytes": (lambda: b"\0" * 4 * N, TypeError, "flat_params must be float32 or float64; got uint8."),
+    "int32": (lambda: np.ones(N, np.int32), TypeError, NO_FORMAT.format("int32.")),
+    "uint16": (lambda: np.ones(N, np.uint16), TypeError, NO_FORMAT.format("uint16.") + CODES),
+    "int16": (lambda: np.ones(N, np.int16), TypeError, NO_FORMAT.format("int16.") + CODES),
+    "void16": (lambda: np.ones(N, np.uint16).view("V2"), TypeError, NO_FORMAT.format("|V2.") + CODES),
+    "object": (lambda: np.array([None] * N), TypeError, NO_FORMAT.format("object.")),
+    "big-endian": (lambda: np.ones(N, ">f4"), TypeError, NO_FORMAT.format(">f4.")),
+    "big-endian-half": (lambda: np.ones(N, ">f2"), TypeError, NO_FORMAT.format(">f2.")),
+    "bytes": (lambda: b"\0" * 4 * N, TypeError, NO_FORMAT.format("uint8.")),
     "strided": (lambda: f32(2 * N)[::2], ValueError, NOT_CONTIGUOUS.format("(8,)", "(8,)")),
     "reversed": (lambda: f32()[::-1], ValueError, NOT_CONTIGUOUS.format("(8,)", "(-4,)")),
     "fortran": (
@@ -350,4 +348,4 @@ def test_what_cannot_be_set_in_the_state(name):
 def test_bad_dtype_for_warmup():
     with pytest.raises(TypeError) as caught:
         fastadam.warmup(dtype=np.int64)
-    assert str(caught.value) == "dtype must be float32 or float64; got int64."
+    assert str(caught.value) == "dtype must be float32, float64, float16 or bfloat16; got int64."

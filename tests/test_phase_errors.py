@@ -243,7 +243,7 @@ SWAPS = {
         swappable,
         lambda: np.ones(N, int),
         TypeError,
-        "flat_params must be float32 or float64; got int64.",
+        "flat_params must be float32, float64, float16 or bfloat16; got int64.",
     ),
 }
 

@@ -133,7 +133,7 @@ def test_contents_of_the_state_dict(rng):
     gradients = rng.standard_normal((2, N)).astype(np.float32)
     opt = one_pass(gradients[0], gradients, SEGMENTS)[2]
     entries = opt.state_dict()
-    flags = ["skip_nonfinite", "zero_grads", "telemetry"]
+    flags = ["skip_nonfinite", "zero_grads", "telemetry", "state_dtype", "rounding", "seed", "offset"]
     assert list(entries)[7:] == [*flags, "segments", "step", "exp_avg", "exp_avg_sq"]
     nan = np.nan
     expected = [

@@ -156,6 +156,7 @@ def replaced(**values):
 HYPERPARAMETERS = [
     *["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"],
     *["skip_nonfinite", "zero_grads", "telemetry"],
+    *["state_dtype", "rounding", "seed", "offset"],
 ]
 """Those that are never None."""
 

@@ -1,0 +1,106 @@
+"""How buffers say what they hold, and 16-bit codes in NumPy.
+
+Inside of fastadam an array of uint16 holds float16 codes and one of int16 bfloat16 codes; users give and get
+arrays of NumPy's float16 and of the bfloat16 of ml_dtypes or PyTorch, whose memory they share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT16, BFLOAT16 = np.dtype(np.uint16), np.dtype(np.int16)
+
+FLOATS = frozenset({FLOAT32, FLOAT64})
+"""The dtypes in which rules compute, and the only ones on a GPU, for now."""
+
+_NAMES: dict[np.dtype[Any], str] = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+_ML_DTYPES = 'pip install "fastadam[bfloat16]"'
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return what users call the format of a buffer."""
+    return _NAMES.get(dtype) or str(dtype)
+
+
+def stored_as(name: str, math: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of state that is to be kept as ``name``; "float32" is the dtype of the arithmetic."""
+    return math if name == "float32" else _DTYPES[name]
+
+
+def math_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which a rule computes with what is stored in another."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def is_bfloat16(dtype: Any) -> bool:
+    """Return whether a dtype of any library is bfloat16; imports none of them."""
+    if isinstance(dtype, np.dtype):
+        return dtype.kind == "V" and dtype.itemsize == 2 and dtype.name == "bfloat16"
+    return str(dtype) == "torch.bfloat16"
+
+
+def codes(array: Array, name: str, given: object) -> Array:
+    """View an array of float16 or bfloat16 as codes.
+
+    Parameters
+    ----------
+    array : ndarray
+        Of any dtype but float32 and float64.
+    name : str
+        What errors call it.
+    given : object
+        The dtype that its owner gives it.
+
+    Raises
+    ------
+    TypeError
+        If it is of another dtype.
+    """
+    if array.dtype == np.float16:
+        return array.view(FLOAT16)
+    if is_bfloat16(given):
+        return array.view(BFLOAT16)
+    remedy = ""
+    if array.dtype.kind in "uiV" and array.dtype.itemsize == 2:
+        remedy = " If it holds codes, say of what: x.view(numpy.float16) or x.view(ml_dtypes.bfloat16)."
+    raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {array.dtype}.{remedy}")
+
+
+def decoded(array: Array) -> Array:
+    """Return the numbers of an array of codes, in float32; an array of numbers as it is."""
+    if array.dtype == FLOAT16:
+        return array.view(np.float16).astype(FLOAT32)
+    if array.dtype == BFLOAT16:
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(FLOAT32)
+    return array
+
+
+def encoded(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return numbers as they are stored in ``dtype``, to the nearest, ties to even; float32 to bfloat16."""
+    if dtype != BFLOAT16 or array.dtype == BFLOAT16:
+        return array
+    bits = array.view(np.uint32)
+    rounded = bits + (0x7FFF + (bits >> 16 & 1))
+    rounded = np.where(np.isnan(array), bits | 0x00400000, rounded)
+    return (rounded >> 16).astype(np.uint16).view(BFLOAT16)
+
+
+def shown(array: Array) -> Any:
+    """View bfloat16 codes as the bfloat16 of ml_dtypes.
+
+    Raises
+    ------
+    ImportError
+        If that is not installed.
+    """
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise ImportError(f"A bfloat16 array needs ml_dtypes. {_ML_DTYPES}") from None
+    return array.view(bfloat16)

@@ -1,0 +1,130 @@
+"""A step of buffers that are not all of one dtype: what is checked, and the loop that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastadam import buffers, formats, precision
+from fastadam.buffers import Array, Buffer
+from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.kernels import rules
+from fastadam.kernels.rounding import Storage
+from fastadam.rounding import rounding
+from fastadam.segmented import Segmented
+from fastadam.segments import Segment, Segments
+from fastadam.state import MASTERS, State
+
+
+def require_possible(h: Hyperparameters, params: Array) -> None:
+    """Raise ValueError unless parameters of a dtype can be kept as the hyperparameters say."""
+    if h.master_params is None and (h.state_dtype == "float32" or params.dtype != formats.FLOAT64):
+        return
+    kind = formats.name_of(params.dtype)
+    if params.dtype == formats.FLOAT64 and h.state_dtype != "float32":
+        raise ValueError(
+            f"state_dtype must be 'float32', the default, for float64 parameters; got {h.state_dtype!r}."
+        )
+    if h.master_params is not None and params.dtype in formats.FLOATS:
+        raise ValueError(f"master_params must be None for {kind} parameters; got {h.master_params!r}.")
+    if h.master_params == "split" and params.dtype != formats.BFLOAT16:
+        raise ValueError(f"master_params must be None or 'float32' for {kind} parameters; got 'split'.")
+
+
+def require_plain(h: Hyperparameters, out: object) -> None:
+    """Raise ValueError if anything but plain buffers is asked for on a GPU."""
+    for name, value, plain in (
+        ("out", None if out is None else type(out).__name__, None),
+        ("state_dtype", h.state_dtype, "float32"),
+        ("master_params", h.master_params, None),
+    ):
+        if value != plain:
+            raise ValueError(f"{name} must be {plain!r} on a GPU, for now; got {value!r}.")
+
+
+def master_of(h: Hyperparameters) -> str | None:
+    """Return what the master of the parameters is called in the state, if there is one."""
+    return None if h.master_params is None else MASTERS[h.master_params]
+
+
+def copy_of_params(out: object, params: Array, grads: Array, state: State) -> Array:
+    """Return the buffer for a copy of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none.
+    """
+    buffer = buffers.flat(out, "out", writable=True)
+    buffers.require_in_cpu_memory("out", buffer)
+    if params.dtype == formats.FLOAT64:
+        kind = formats.name_of(buffer.dtype)
+        raise TypeError(f"out must be None for float64 parameters; got a {kind} buffer.")
+    if buffer.dtype == formats.FLOAT64:
+        raise TypeError("out must be float32, float16 or bfloat16; got float64.")
+    buffers.require_same_size("out", buffer, "flat_params", params)
+    for name, other in (("flat_params", params), ("flat_grads", grads), ("the state", state._block)):
+        buffers.require_disjoint("out", buffer, name, other)
+    return buffer  # type: ignore[return-value]
+
+
+class Stored:
+    """What takes the place of the backend for one step.
+
+    Parameters
+    ----------
+    kernels : module
+        The CPU backend.
+    storage : Storage
+    size : int
+        Elements of the buffers.
+    kinds : tuple
+        What the loop is compiled for, beside the rule.
+    """
+
+    def __init__(self, kernels: Any, storage: Storage, size: int, kinds: tuple[object, ...]) -> None:
+        from fastadam.kernels import stored  # imports Numba
+
+        self._loops, self._storage, self.kinds = stored, storage, kinds
+        self.runs, self.is_whole = [(0, size)], True
+        self.measure, self.scratch_size = kernels.measure, kernels.scratch_size
+
+    def prepare(self, params: Array, grads: Array, states: Any, c: rules.Update, clear: Any) -> None:
+        """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
+        self._loops.prepare(params, grads, states, c, clear, self._storage)
+
+    def plan(
+        self, params: Array, grads: Array, states: Any, c: rules.Update, clear: Any
+    ) -> Callable[[], None]:
+        """Return the call that takes the step."""
+        return self._loops.plan(params, grads, states, c, clear, self._storage)
+
+
+def warmup(
+    h: Hyperparameters, params: Array, c: Coefficients, update: rules.Update, segments: Sequence[Segment]
+) -> None:
+    """Compile, or load from the disk cache, all loops for parameters and gradients like ``params``, empty."""
+    from fastadam.kernels import stored  # imports Numba
+
+    kinds = precision.of_states(h.state, h.state_dtype)
+    state = State.of_params(params, h.state, kinds, master_of(h), State())
+    storage, _ = storage_of(h, params, params, None, state, step=1)
+    arguments: Any = params, state._arrays, update, c.clear, storage
+    if segments:
+        size = max(segment.stop for segment in segments)
+        Segmented(Segments(segments), h, c, size).warmup_stored(*arguments)
+    else:
+        stored.warmup(*arguments)
+
+
+def storage_of(
+    h: Hyperparameters, params: Array, grads: Buffer, out: object, state: State, step: int
+) -> tuple[Storage, tuple[object, ...]]:
+    """Return how a step of checked buffers stores them, and what a loop is compiled for because of it."""
+    copy = None if out is None else copy_of_params(out, params, grads, state)  # type: ignore[arg-type]
+    require_possible(h, params)
+    rounds = (params.dtype not in formats.FLOATS and state._master is None) or h.state_dtype != "float32"
+    draw = rounding(h.seed, step, h.offset) if rounds and h.rounding == "stochastic" else None
+    storage = Storage(draw, state._master, copy)
+    kinds = tuple(None if array is None else array.dtype for array in (params, grads, state._master, copy))
+    return storage, (*kinds, draw is None)
