@@ -88,16 +88,12 @@ class RunNorm:
         chunks = self._chunks
         if len(chunks.first_of_run) == 2:
             return norms.measure(grads[chunks.bounds[0, 0] : chunks.bounds[-1, 1]], scratch)
-        if chunks.size < norms.PARALLEL_FROM:
-            serial(grads, scratch, chunks.bounds, chunks.shares(1))
-        elif threads.numba_is_safe():
-            parallel(grads, scratch, chunks.bounds, chunks.shares(threads.count()))
+        by_numba, count = threads.shares(chunks.size, norms.PARALLEL_FROM, norms.MIN_PIECE)
+        first = chunks.shares(count)
+        if by_numba or count == 1:
+            (parallel if by_numba else serial)(grads, scratch, chunks.bounds, first)
         else:
-            first = chunks.shares(max(1, min(threads.count(), chunks.size // norms.MIN_PIECE)))
             threads.run_in_pool(
-                [
-                    partial(serial, grads, scratch, chunks.bounds, first[k : k + 2])
-                    for k in range(len(first) - 1)
-                ]
+                [partial(serial, grads, scratch, chunks.bounds, first[k : k + 2]) for k in range(count)]
             )
         return fold(scratch, chunks.first_of_run)  # type: ignore[no-any-return]

@@ -211,15 +211,11 @@ def plan(
     places = borders(storage.rounding, params.size)
     if places:
         units = Units(cut(units.whole, np.array(places)))
-    if units.total < PARALLEL_FROM:
-        loop, shares = serial, units.shares(1)
-    elif threads.numba_is_safe():
-        loop, shares = parallel, units.shares(threads.count())
-    else:
-        loop, shares = serial, units.shares(max(1, min(threads.count(), units.total // threads.MIN_PIECE)))
+    by_numba, count = threads.shares(units.total, PARALLEL_FROM, threads.MIN_PIECE)
+    loop, shares = parallel if by_numba else serial, units.shares(count)
     calls = [
         partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear, *storage)
-        for first in ([shares.first] if loop is parallel else _pairs(shares.first))
+        for first in ([shares.first] if by_numba else _pairs(shares.first))
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
 

@@ -234,16 +234,10 @@ class Telemetry:
             From :meth:`scratch`; written.
         """
         chunks = self._chunks
-        if chunks.size < PARALLEL_FROM:
-            loop, count = serial, 1
-        elif threads.numba_is_safe():
-            loop, count = parallel, threads.count()
-        else:
-            loop, count = serial, max(1, min(threads.count(), chunks.size // threads.MIN_PIECE))
-        shares = chunks.shares(count)
-        work = np.empty((count, WORK))
+        by_numba, count = threads.shares(chunks.size, PARALLEL_FROM, threads.MIN_PIECE)
+        loop, shares, work = parallel if by_numba else serial, chunks.shares(count), np.empty((count, WORK))
         each = [(shares, work)]
-        if loop is serial:
+        if not by_numba:
             each = [(shares[k : k + 2], work[k : k + 1]) for k in range(count)]
         arrays = (params, grads, states, chunks.pieces, chunks.first_piece)
         calls = [

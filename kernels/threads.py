@@ -59,6 +59,15 @@ def numba_is_safe() -> bool:
     return _numba_layer_is_safe
 
 
+def shares(size: int, parallel_from: int, min_piece: int) -> tuple[bool, int]:
+    """Return whether Numba's threads take a loop over shares of ``size`` elements, and how many pay."""
+    if size < parallel_from:
+        return False, 1
+    if numba_is_safe():
+        return True, count()
+    return False, max(1, min(count(), size // min_piece))
+
+
 def pieces(size: int, threads: int, *, min_piece: int = MIN_PIECE) -> list[tuple[int, int]]:
     """Split ``range(size)`` into at most ``threads`` nearly equal ``(start, stop)``, of a size that pays."""
     wanted = max(1, min(threads, size // min_piece))
