@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastadam import eight_bit
+
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -18,8 +20,12 @@ FLOAT16, BFLOAT16 = np.dtype(np.uint16), np.dtype(np.int16)
 FLOATS = frozenset({FLOAT32, FLOAT64})
 """The dtypes in which rules compute, and the only ones on a GPU, for now."""
 
-_NAMES: dict[np.dtype[Any], str] = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
-_DTYPES: dict[str, np.dtype[Any]] = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+_NAMES: dict[np.dtype[Any], str] = {
+    FLOAT16: "float16",
+    BFLOAT16: "bfloat16",
+    eight_bit.SIGNED: "8bit",
+    eight_bit.UNSIGNED: "8bit",
+}
 _ML_DTYPES = 'pip install "fastadam[bfloat16]"'
 
 
@@ -28,9 +34,11 @@ def name_of(dtype: np.dtype[Any]) -> str:
     return _NAMES.get(dtype) or str(dtype)
 
 
-def stored_as(name: str, math: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of state that is to be kept as ``name``; "float32" is the dtype of the arithmetic."""
-    return math if name == "float32" else _DTYPES[name]
+def stored_as(state: str, kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of a state that is to be kept as a kind; "float32" is the dtype of the arithmetic."""
+    if kind == "8bit":
+        return eight_bit.SIGNED if state == "exp_avg" else eight_bit.UNSIGNED
+    return BFLOAT16 if kind == "bfloat16" else math
 
 
 def math_of(dtype: np.dtype[Any]) -> np.dtype[Any]:

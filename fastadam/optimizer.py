@@ -685,19 +685,16 @@ class FusedAdam(Tunables):
         alike: bool,
     ) -> Any:
         """Return what takes the place of the backend for the next step."""
-        h, given = self._hyperparameters, self.segments
+        h = self._hyperparameters
         storage, step = PLAIN, state._step + 1
         kinds: tuple[object, ...] = ()
         if out is not None or not alike or not h.stores_plainly:
             storage, kinds = stored.storage_of(h, cast("buffers.Array", params), grads, out, state, step)
             if h.telemetry:
                 raise ValueError("telemetry must be False with 16-bit storage or out, for now; got True.")
-            if not given:
-                return stored.Stored(kernels, storage, params.size, kinds)
         found = self._segmented
         if found is None or found.c is not c or found.size != params.size:
-            segments = cast("Segments", self._segments)
-            found = self._segmented = Segmented(segments, h, c, params.size)
+            found = self._segmented = Segmented(self._segments or Segments(()), h, c, params.size)
         found.step, found.storage, found.kinds = step, storage, kinds
         return found
 

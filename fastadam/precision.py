@@ -9,7 +9,7 @@ from fastadam.checks import count
 StateDtype = str | tuple[str, str]
 """A format of both moments, or one for each."""
 
-_STATE = ("float32", "bfloat16")
+_STATE = ("float32", "bfloat16", "8bit")
 
 
 def rounding(name: str, value: object) -> str:
@@ -23,7 +23,7 @@ def state_dtype(name: str, value: object) -> StateDtype:
     """Return a format of the moments, or a pair of two different ones."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(one, str) and one in _STATE for one in pair):
-        raise ValueError(f"{name} must be 'float32', 'bfloat16' or a pair of them; got {value!r}.")
+        raise ValueError(f"{name} must be 'float32', 'bfloat16', '8bit' or a pair of them; got {value!r}.")
     first, second = map(str, pair)
     return first if first == second else (first, second)
 

@@ -43,6 +43,7 @@ class Segmented:
         self.c, self.size, self.step = c, size, 0
         self.storage: Storage = PLAIN
         self.kinds: tuple[object, ...] = ()  # what a loop is compiled for because of it
+        self._cuts: Any = None
         self._loops = loops
         self._units = segments.units(size)
         self._chunks = partial(segments.chunks, self._units)
@@ -83,8 +84,11 @@ class Segmented:
     def prepare(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
         c = self._rows.with_decay(c)
-        if self._telemetry is None:
-            self._loops.prepare(params, grads, states, self._table, c, clear, self.storage)
+        if self.storage is not PLAIN:
+            loops, cuts = self._stored()
+            loops.prepare(params, grads, states, cuts, c, clear, self.storage)
+        elif self._telemetry is None:
+            self._loops.prepare(params, grads, states, self._table, c, clear)
         else:
             self._telemetry.prepare(params, grads, states, c, clear)
 
@@ -92,12 +96,24 @@ class Segmented:
         """Return the call that takes the step number ``step``."""
         self._rows.form(self.step)
         c = self._rows.with_decay(c)
-        if self._telemetry is None:
-            return self._loops.plan(params, grads, states, self._table, c, clear, self.storage)
-        take: Callable[[], None] = self._telemetry.plan(
-            params, grads, states, self._table, self._scratch, c, clear
-        )
+        take: Callable[[], None]
+        if self.storage is not PLAIN:
+            loops, cuts = self._stored()
+            take = loops.plan(params, grads, states, cuts, self._rows.coefficients, c, clear, self.storage)
+        elif self._telemetry is None:
+            take = self._loops.plan(params, grads, states, self._table, c, clear)
+        else:
+            take = self._telemetry.plan(params, grads, states, self._table, self._scratch, c, clear)
         return take
+
+    def _stored(self) -> tuple[Any, Any]:
+        """Return the loops for other than plain arrays, and where they cut the buffers."""
+        from fastadam.kernels import stored
+        from fastadam.kernels.groups import Cuts
+
+        if self._cuts is None:
+            self._cuts = Cuts(self._units, self.size)
+        return stored, self._cuts
 
     def warmup(self, n_states: int, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, all loops."""
@@ -112,7 +128,8 @@ class Segmented:
 
     def warmup_stored(self, params: Any, states: Any, c: rules.Update, clear: Any, storage: Storage) -> None:
         """Compile, or load from the disk cache, all loops for arrays without elements in any storage."""
-        self._loops.warmup_stored(params, states, self._rows.with_decay(c), clear, storage)
+        loops, _ = self._stored()
+        loops.warmup(params, states, self._rows.with_decay(c), clear, storage)
 
     # --- And what they have not -----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fastadam import buffers, formats, loading
+from fastadam import buffers, eight_bit, formats, loading
 from fastadam.buffers import Buffer
 from fastadam.checks import count
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
@@ -25,6 +25,7 @@ _SWAPPED = 2**16
 MASTERS = {"float32": "param_master", "split": "param_remainder"}
 """What a master of the parameters is called in the state."""
 _MASTER_DTYPES = {"param_master": np.float32, "param_remainder": np.int16}
+_IN_BLOCKS = (eight_bit.SIGNED, eight_bit.UNSIGNED)
 _LARGE = 2**24
 """Bytes of a moment from which the gap helps: the moments do not fit a cache. In the cache it costs 10 %."""
 
@@ -54,7 +55,18 @@ class State:
 
     # _arrays and _block are for the optimizer. Nobody else gets them: a kernel trusts their size and dtype.
     __slots__ = (
-        *("_arrays", "_block", "_clock", "_kernels", "_layout", "_master", "_names", "_step", "_views"),
+        *(
+            "_arrays",
+            "_block",
+            "_clock",
+            "_kernels",
+            "_layout",
+            "_master",
+            "_names",
+            "_scales",
+            "_step",
+            "_views",
+        ),
     )
 
     def __init__(
@@ -67,9 +79,13 @@ class State:
     ) -> None:
         # One block for all moments: one allocation, one overlap check. Fresh pages are zero, untouched.
         stored = stored or (np.dtype(dtype),) * len(names)
-        lengths = [size * kind.itemsize for kind in stored]
+        # Scales behind them, one for each block of a moment in 8 bits.
+        in_blocks = [kind in _IN_BLOCKS for kind in stored]
+        counts = [eight_bit.blocks_of(size) if has_scales else 0 for has_scales in in_blocks]
+        lengths = [*(size * kind.itemsize for kind in stored), *(4 * count for count in counts)]
+        kinds = (*stored, *(formats.FLOAT32,) * len(counts))
         gap = _STAGGER if max(lengths, default=0) >= _LARGE else 0
-        strides = [-(-length // _CACHE_LINE) * _CACHE_LINE + gap for length in lengths]
+        strides = [-(-length // _CACHE_LINE) * _CACHE_LINE + gap if length else 0 for length in lengths]
         memory = np.zeros(gap + sum(strides) + _CACHE_LINE, np.uint8)
         start = -memory.ctypes.data % _CACHE_LINE + gap
         starts = accumulate(strides, initial=start)
@@ -77,13 +93,17 @@ class State:
         self._block: Buffer = memory
         self._views: tuple[Any, ...] = tuple(
             memory[offset : offset + length].view(kind)
-            for offset, length, kind in zip(starts, lengths, stored, strict=False)
+            for offset, length, kind in zip(starts, lengths, kinds, strict=False)
         )
+        self._views, scales = self._views[: len(names)], self._views[len(names) :]
         has_master = bool(names) and names[-1] in MASTERS.values()
         self._master: Any = self._views[-1] if has_master else None
         self._arrays: tuple[Buffer, ...] = (
             self._views[:-1] if has_master else self._views
         )  # a kernel's states
+        self._scales: tuple[buffers.Array, ...] = scales[
+            : len(self._arrays)
+        ]  # of each, empty where it has none
         # Of the size and the dtype of the arithmetic, in no memory to speak of.
         self._layout: Buffer = np.broadcast_to(np.zeros((), dtype), size)
         self._step = step
@@ -156,11 +176,13 @@ class State:
             What it starts from: a state with these moments, or with none.
         """
         math = formats.math_of(params.dtype)
-        dtypes = [formats.stored_as(kind, math) for kind in stored]
+        dtypes = [formats.stored_as(name, kind, math) for name, kind in zip(names, stored, strict=True)]
         if master is not None:
             names, dtypes = (*names, master), [*dtypes, np.dtype(_MASTER_DTYPES[master])]
         state = cls(names, params.size, math, host._step, tuple(dtypes))
         for mine, theirs in zip(state._views, host._views, strict=False):
+            mine[:] = theirs
+        for mine, theirs in zip(state._scales, host._scales, strict=False):
             mine[:] = theirs
         if not host._views and state.param_ema is not None:
             state._arrays[-1][:] = formats.decoded(params)  # type: ignore[index]
@@ -199,14 +221,17 @@ class State:
         require_keys(entries, ["step"])
         step = count("state_dict['step']", plain(entries["step"]), least=0)
         masters = tuple(name for name in _MASTER_DTYPES if name in entries)
-        unknown = [key for key in entries if key not in {"step", *names, *masters}]
+        said, wanted = (kinds or ("float32",) * len(names) for kinds in (said, wanted))
+        scales = tuple(
+            name + loading.SCALES for name, kind in zip(names, said, strict=True) if kind == "8bit"
+        )
+        unknown = [key for key in entries if key not in {"step", *names, *masters, *scales}]
         if unknown:
             raise ValueError(f"state_dict must have no key {unknown[0]!r}.")
         if step == 0 and len(entries) == 1:
             return cls()
-        require_keys(entries, names)
+        require_keys(entries, (*names, *scales))
 
-        said, wanted = (kinds or ("float32",) * len(names) for kinds in (said, wanted))
         names, said, wanted = (*names, *masters), (*said, *masters), (*wanted, *masters)
         labels = [f"state_dict['{name}']" for name in names]
         moments = [loading.array(entries[n], f, kind) for n, f, kind in zip(names, labels, said, strict=True)]
@@ -218,19 +243,27 @@ class State:
             if kind in MASTERS.values() and math != formats.FLOAT32:
                 raise TypeError(f"{label} must come with moments of float32; got {math}.")
             buffers.require_same_size(label, moment, model_label, model)
-        dtypes = tuple(loading.dtype_of(kind, math) for kind in wanted)
+        dtypes = tuple(loading.dtype_of(n, kind, math) for n, kind in zip(names, wanted, strict=True))
 
         state = cls(names, moments[0].size, math, step, dtypes)
-        for array, moment in zip(state._views, moments, strict=True):
-            array[...] = loading.converted(moment, array.dtype)
+        for k, (name, kind, moment) in enumerate(zip(names, said, moments, strict=True)):
+            codes, given_scales = moment, None
+            if kind == "8bit":
+                dtype = loading.dtype_of(name, kind, math)
+                given_scales = loading.scales(entries, name, moment, dtype)
+                codes = cast("buffers.Array", moment).view(dtype)
+            state._views[k][...], of_blocks = loading.converted(codes, given_scales, dtypes[k])
+            if of_blocks is not None:
+                state._scales[k][...] = of_blocks
         return state
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
         kernels, arrays = self._kernels, self._arrays
         if kernels is None:
+            as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
             copies = [
-                (view.view(np.uint16) if self._is_coded(name) else view).copy()
+                view.view(as_codes.get(self._kind_of(name), view.dtype)).copy()
                 for name, view in zip(self._names, self._views, strict=True)
             ]
         else:
@@ -238,16 +271,24 @@ class State:
                 kernels.to_host(view, cast("DeviceBuffer", array).device)
                 for view, array in zip(self._views, arrays, strict=True)
             ]
-        return {"step": self.step, **dict(zip(self._names, copies, strict=True))}
+        names = [name + loading.SCALES for name in self._names]
+        scales = {
+            name: of_state.copy()
+            for name, of_state in zip(names, self._scales, strict=False)
+            if of_state.size
+        }
+        return {"step": self.step, **dict(zip(self._names, copies, strict=True)), **scales}
 
-    def _is_coded(self, name: str) -> bool:
-        view = self._views[self._names.index(name)]
-        return view.dtype == formats.BFLOAT16 and name not in _MASTER_DTYPES
+    def _kind_of(self, name: str) -> str:
+        """Return the format of a state; of what is not coded "float32"."""
+        if name in _MASTER_DTYPES:
+            return "float32"
+        found = formats.name_of(self._views[self._names.index(name)].dtype)
+        return found if found in {"bfloat16", "8bit"} else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = tuple(name for name in self._names if name not in _MASTER_DTYPES)
-        stored = tuple("bfloat16" if self._is_coded(name) else "float32" for name in names)
-        return _restore, (names, stored, self.to_dict())
+        return _restore, (names, tuple(map(self._kind_of, names)), self.to_dict())
 
     @property
     def step(self) -> int:
@@ -257,10 +298,7 @@ class State:
     @property
     def arrays(self) -> tuple[Any, ...]:
         """Views of the moments in the order of the rule's ``state``; empty before the first step."""
-        return tuple(
-            formats.shown(view) if self._is_coded(name) else view[:]
-            for name, view in zip(self._names, self._views, strict=True)
-        )
+        return tuple(map(self._view, self._names))
 
     @property
     def moments(self) -> dict[str, Any]:
@@ -270,8 +308,13 @@ class State:
     def _view(self, name: str) -> Any:
         if name not in self._names:
             return None
-        view = self._views[self._names.index(name)]
-        return formats.shown(view) if self._is_coded(name) else view[:]
+        k = self._names.index(name)
+        view, kind = self._views[k], self._kind_of(name)
+        if kind == "8bit":
+            numbers = eight_bit.decode(view, self._scales[k])
+            numbers.flags.writeable = False  # to write to them would change nothing
+            return numbers
+        return formats.shown(view) if kind == "bfloat16" else view[:]
 
     def leave_clock(self) -> None:
         """Count on the host again; waits for the device."""
@@ -320,7 +363,7 @@ class State:
 
     def __repr__(self) -> str:
         arrays = ", ".join(
-            f"{name}={'bfloat16' if self._is_coded(name) else view.dtype}[{view.size}]"
+            f"{name}={formats.name_of(view.dtype) if name not in _MASTER_DTYPES else view.dtype}[{view.size}]"
             for name, view in zip(self._names, self._views, strict=True)
         )
         # Reading the step counter of a clock would wait for the device.

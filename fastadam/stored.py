@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastadam import buffers, formats, precision
 from fastadam.buffers import Array, Buffer
@@ -68,53 +67,16 @@ def copy_of_params(out: object, params: Array, grads: Array, state: State) -> Ar
     return buffer  # type: ignore[return-value]
 
 
-class Stored:
-    """What takes the place of the backend for one step.
-
-    Parameters
-    ----------
-    kernels : module
-        The CPU backend.
-    storage : Storage
-    size : int
-        Elements of the buffers.
-    kinds : tuple
-        What the loop is compiled for, beside the rule.
-    """
-
-    def __init__(self, kernels: Any, storage: Storage, size: int, kinds: tuple[object, ...]) -> None:
-        from fastadam.kernels import stored  # imports Numba
-
-        self._loops, self._storage, self.kinds = stored, storage, kinds
-        self.runs, self.is_whole = [(0, size)], True
-        self.measure, self.scratch_size = kernels.measure, kernels.scratch_size
-
-    def prepare(self, params: Array, grads: Array, states: Any, c: rules.Update, clear: Any) -> None:
-        """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
-        self._loops.prepare(params, grads, states, c, clear, self._storage)
-
-    def plan(
-        self, params: Array, grads: Array, states: Any, c: rules.Update, clear: Any
-    ) -> Callable[[], None]:
-        """Return the call that takes the step."""
-        return self._loops.plan(params, grads, states, c, clear, self._storage)
-
-
 def warmup(
     h: Hyperparameters, params: Array, c: Coefficients, update: rules.Update, segments: Sequence[Segment]
 ) -> None:
     """Compile, or load from the disk cache, all loops for parameters and gradients like ``params``, empty."""
-    from fastadam.kernels import stored  # imports Numba
-
     kinds = precision.of_states(h.state, h.state_dtype)
     state = State.of_params(params, h.state, kinds, master_of(h), State())
     storage, _ = storage_of(h, params, params, None, state, step=1)
-    arguments: Any = params, state._arrays, update, c.clear, storage
-    if segments:
-        size = max(segment.stop for segment in segments)
-        Segmented(Segments(segments), h, c, size).warmup_stored(*arguments)
-    else:
-        stored.warmup(*arguments)
+    size = max((segment.stop for segment in segments), default=1)
+    steps = Segmented(Segments(segments), h, c, size)
+    steps.warmup_stored(params, state._arrays, update, c.clear, storage)
 
 
 def storage_of(
@@ -125,6 +87,7 @@ def storage_of(
     require_possible(h, params)
     rounds = (params.dtype not in formats.FLOATS and state._master is None) or h.state_dtype != "float32"
     draw = rounding(h.seed, step, h.offset) if rounds and h.rounding == "stochastic" else None
-    storage = Storage(draw, state._master, copy)
+    scales = state._scales if any(scale.dtype for scale in state._scales) else None
+    storage = Storage(draw, state._master, copy, scales)
     kinds = tuple(None if array is None else array.dtype for array in (params, grads, state._master, copy))
     return storage, (*kinds, draw is None)

@@ -29,7 +29,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import chunks, formats, observed, rules, storage
+from . import chunks, distinct, eight_bits, formats, observed, rules, storage
 
 JIT_OPTIONS = {"error_model": "numpy"}
 
@@ -44,7 +44,7 @@ def digest() -> str:
     sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.read_bytes())
-    for module in (chunks, formats, observed, rules, storage):
+    for module in (chunks, distinct, eight_bits, formats, observed, rules, storage):
         for value in vars(module).values():
             function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):
@@ -108,6 +108,11 @@ def _selects_nothing(c: types.Type) -> bool:
 @overload(rules.update, jit_options=JIT_OPTIONS, strict=False)
 def _update(param: Any, grad: Any, state: Any, c: Any) -> Any:
     return rules.update
+
+
+@overload(rules.prepared, jit_options=JIT_OPTIONS, strict=False)
+def _prepared(param: Any, grad: Any, c: Any) -> Any:
+    return rules.prepared
 
 
 @overload(rules.split, jit_options=JIT_OPTIONS, strict=False)

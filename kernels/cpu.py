@@ -19,7 +19,7 @@ from . import rules, threads
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .norms import measure, scratch_size
 from .norms import prepare as prepare_measure
-from .storage import load, load_param, store, store_param, word_of_param, words_of_moments
+from .storage import load, store
 
 __all__ = [
     "PARALLEL_FROM",
@@ -43,45 +43,19 @@ PARALLEL_FROM = 16_384
 """Elements from which the parallel loop is the faster one (``python -m bench.threshold``)."""
 
 
-def step_element(
-    params: Any,
-    grads: Any,
-    states: Any,
-    i: int,
-    c: Any,
-    clear: Any,
-    rounding: Any = None,
-    master: Any = None,
-    out: Any = None,
-) -> None:
-    """Step element ``i`` with ``c``, the parts of :class:`rules.Update`; for compiled loops.
-
-    What else there is comes one by one: a tuple of arrays that is made in a loop counts their references
-    there, 18 ns for each element.
-    """
-    param = load_param(params, master, i)
-    param, state = rules.update(param, load(grads, i), load(states, i), rules.Update(*c))
+def step_element(params: Any, grads: Any, states: Any, i: int, c: Any, clear: Any) -> None:
+    """Step element ``i`` with ``c``, the parts of :class:`rules.Update`; for compiled loops."""
+    param, state = rules.update(load(params, i), load(grads, i), load(states, i), rules.Update(*c))
     # The moments first: they are there before the root and the quotient are. The other way around a thread
     # takes 1.3 times as long for buffers in memory (Zen 4), unless the compiler finds that out by itself.
-    store(states, i, state, words_of_moments(rounding, i))
-    store_param(params, master, i, param, word_of_param(rounding, i))
-    store(out, i, param)
+    store(states, i, state)
+    store(params, i, param)
     if clear is not None:  # decided by the type, when compiled
         grads[i] = 0
 
 
 @overload(step_element, jit_options=JIT_OPTIONS, strict=False)
-def _compiled(
-    params: Any,
-    grads: Any,
-    states: Any,
-    i: Any,
-    c: Any,
-    clear: Any,
-    rounding: Any = None,
-    master: Any = None,
-    out: Any = None,
-) -> Any:
+def _compiled(params: Any, grads: Any, states: Any, i: Any, c: Any, clear: Any) -> Any:
     return step_element
 
 

@@ -19,6 +19,8 @@ class Storage(NamedTuple):
     rounding: Rounding | None = None
     master: Any = None  # of the parameters: float32, or int16 beside parameters of int16
     out: Any = None  # uint16, int16 or float32: gets a copy of the new parameters
+    scales: Any = None  # where a state is in blocks, for each a float32 array of one for each block, or empty
 
 
 PLAIN = Storage()
+"""What asks for nothing."""

@@ -299,11 +299,16 @@ def join(moments: tuple[Scalar, ...], average: Scalar | None) -> tuple[Scalar, .
     return moments if average is None else (*moments, average)
 
 
+def prepared(param: Scalar, grad: Scalar, c: Update) -> Transformed:
+    """Return the parameter and the gradient as a rule gets them."""
+    param, grad = transform(param, grad, c.conditioning)
+    param, grad = transform(param, grad, c.direction)
+    return transform(param, grad, c.decay)
+
+
 def update(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Update) -> Advanced:
     """Compute the new parameter and state of one element."""
     moments, average = split(state, c.average)
-    param, grad = transform(param, grad, c.conditioning)
-    param, grad = transform(param, grad, c.direction)
-    param, grad = transform(param, grad, c.decay)
+    param, grad = prepared(param, grad, c)
     param, moments = advance(param, grad, moments, c.rule)
     return param, join(moments, track(param, average, c.average))

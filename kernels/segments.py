@@ -18,10 +18,7 @@ from numba.extending import overload
 from . import rules, threads
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM, step_element
-from .rounding import PLAIN, Storage
-from .storage import at_element
-from .stored import borders
-from .units import COLUMNS, Units, cut
+from .units import COLUMNS, Units
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,15 +70,12 @@ def _step_elements(
     bounds: Any,
     c: Any,
     clear: Any,
-    rounding: Any,
-    master: Any,
-    out: Any,
 ) -> None:
     # Not within the text of the loop over units: compilers take conditions that are the same for all elements
     # out of a loop, but of a loop in a loop they leave some inside (1.15 times the time in the cache).
     # Unsigned: an index that could be negative would keep the loop scalar.
     for i in range(np.uint64(bounds[0]), np.uint64(bounds[1])):
-        step_element(params, grads, states, i, c, clear, rounding, master, out)
+        step_element(params, grads, states, i, c, clear)
 
 
 @overload(_step_elements, jit_options=JIT_OPTIONS, strict=False)
@@ -92,9 +86,6 @@ def _compiled_step_elements(
     bounds: Any,
     c: Any,
     clear: Any,
-    rounding: Any,
-    master: Any,
-    out: Any,
 ) -> Any:
     return _step_elements
 
@@ -108,24 +99,19 @@ def _step_unit(
     decay: Any,
     others: Any,
     clear: Any,
-    rounding: Any,
-    master: Any,
-    out: Any,
 ) -> None:
     bounds, row = (unit[0], unit[1]), unit[2]
     conditioning, direction, rule, average = others
     rule_of_row = part_of_row(rule, coefficients, row, 1)
-    # A unit does not go across elements with another key.
-    rounding = at_element(rounding, bounds[0])
     if decay is None:  # decided by the type, when compiled
         c = (conditioning, direction, None, rule_of_row, average)
-        _step_elements(params, grads, states, bounds, c, clear, rounding, master, out)
+        _step_elements(params, grads, states, bounds, c, clear)
     elif isnan(coefficients[row, 0]):
         without = (conditioning, direction, None, rule_of_row, average)
-        _step_elements(params, grads, states, bounds, without, clear, rounding, master, out)
+        _step_elements(params, grads, states, bounds, without, clear)
     else:
         decayed = (conditioning, direction, part_of_row(decay, coefficients, row, 0), rule_of_row, average)
-        _step_elements(params, grads, states, bounds, decayed, clear, rounding, master, out)
+        _step_elements(params, grads, states, bounds, decayed, clear)
 
 
 @overload(_step_unit, jit_options=JIT_OPTIONS, strict=False)
@@ -138,9 +124,6 @@ def _compiled_step_unit(
     decay: Any,
     others: Any,
     clear: Any,
-    rounding: Any,
-    master: Any,
-    out: Any,
 ) -> Any:
     return _step_unit
 
@@ -159,9 +142,6 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         rule: Any,
         average: Any,
         clear: Any,
-        rounding: Any,
-        master: Any,
-        out: Any,
     ) -> None:
         cache_key  # noqa: B018
         # In the serial compilation, prange is range.
@@ -169,9 +149,7 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
             for k in range(first[share], first[share + 1]):
                 unit = (units[k, 0], units[k, 1], units[k, 2])
                 others = (conditioning, direction, rule, average)
-                _step_unit(
-                    params, grads, states, unit, coefficients, decay, others, clear, rounding, master, out
-                )
+                _step_unit(params, grads, states, unit, coefficients, decay, others, clear)
 
     return step_segments
 
@@ -189,7 +167,6 @@ def plan(
     table: Table,
     c: rules.Update,
     clear: rules.Clear | None = None,
-    storage: Storage = PLAIN,
 ) -> Callable[[], None]:
     """Return the call that advances the units of ``params`` and ``states`` by one step, in place.
 
@@ -204,17 +181,12 @@ def plan(
     c : Update
         The coefficients that are the same for all units. Of the decay and of the rule only the types count; a
         decay of None is none in any unit.
-    storage : Storage
-        As for :func:`fastadam.kernels.stored.plan`.
     """
     units = table.units
-    places = borders(storage.rounding, params.size)
-    if places:
-        units = Units(cut(units.whole, np.array(places)))
     by_numba, count = threads.shares(units.total, PARALLEL_FROM, threads.MIN_PIECE)
     loop, shares = parallel if by_numba else serial, units.shares(count)
     calls = [
-        partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear, *storage)
+        partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear)
         for first in ([shares.first] if by_numba else _pairs(shares.first))
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
@@ -231,37 +203,23 @@ def prepare(
     table: Table,
     c: rules.Update,
     clear: rules.Clear | None = None,
-    storage: Storage = PLAIN,
 ) -> None:
     """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
     loop = parallel if table.units.total >= PARALLEL_FROM and threads.numba_is_safe() else serial
-    _call_with_nothing(loop, params, grads, states, c, clear, storage)
+    _call_with_nothing(loop, params, grads, states, c, clear)
 
 
 def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
-    empty = np.empty(0, dtype)
-    warmup_stored(empty, (empty,) * n_states, c, clear, PLAIN)
-
-
-def warmup_stored(
-    params: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None, storage: Storage
-) -> None:
-    """Compile, or load from the disk cache, all loops for arrays without elements."""
-    for grads in writable_and_not(params.dtype) if clear is None else (params,):
+    empty, read_only = writable_and_not(dtype)
+    for grads in (empty, read_only) if clear is None else (empty,):
         for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            _call_with_nothing(loop, params, grads, states, c, clear, storage)
+            _call_with_nothing(loop, empty, grads, (empty,) * n_states, c, clear)
 
 
 def _call_with_nothing(
-    loop: Any,
-    params: Array,
-    grads: Array,
-    states: tuple[Array, ...],
-    c: rules.Update,
-    clear: Any,
-    storage: Storage,
+    loop: Any, params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Any
 ) -> None:
     units, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
     coefficients = np.empty((0, len(COLUMNS)), c.rule.eps.dtype)
-    loop(params, grads, states, units, first, coefficients, *c, clear, *storage)
+    loop(params, grads, tuple(state[:0] for state in states), units, first, coefficients, *c, clear)

@@ -1,29 +1,295 @@
-"""Steps on the CPU of arrays in any storage: the loop of :mod:`fastadam.kernels.cpu` with codes and masters.
+"""Steps on the CPU of arrays in any storage: codes, masters, a copy, moments in blocks; with or without segments.
 
-Memory traffic per element: 2 bytes in place of 4 for what is stored in 16 bits, each way; a master is read
-and written (4 bytes each, or 2 where it is split), a copy of the parameters written (4 or 2).
+Memory traffic per element: 2 bytes or 1 in place of 4 for what is stored in 16 or 8 bits, each way; a master is
+read and written (4 bytes each, or 2 where it is split), a copy of the parameters written (4 or 2), and 1/16 byte
+of scales read and written for each state in 8 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from math import isnan
 from typing import Any, TypeAlias
 
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import overload, register_jitable
 
-from . import rules, threads
-from .compiling import jit, writable_and_not
-from .cpu import PARALLEL_FROM, step_element
-from .formats import WEYL_OF_HIGH
+from . import blocks, rules, threads
+from .blocks import larger_magnitude, part_of_row
+from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .cpu import PARALLEL_FROM
+from .distinct import memory_of, moved, prefetch
+from .draws import draws_after, draws_at, word_for_param
+from .groups import BLOCK, KEPT, Cuts
 from .rounding import Rounding, Storage
+from .storage import at_element, load, load_param, store, store_param
+from .units import COLUMNS, Integers
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 2**32
-"""Elements, by their index in the whole buffer, that share a key: a call does not go across."""
+INLINED = {**JIT_OPTIONS, "forceinline": True}
+inlined = register_jitable(**INLINED)
+"""Decorates functions of the loop: as calls for each block, their arguments took a tenth of the time."""
+
+called = register_jitable(**JIT_OPTIONS)
+
+SPAN = 2**32
+"""Elements, by their index in the whole buffer, that share a key: a piece does not go across."""
+
+
+# --- Elements -----------------------------------------------------------------------------------------------
+#
+# Memory is (params, grads, states, master, out), from some element on.
+
+
+@inlined
+def _peak(c: Any, memory: Any, size: int, finite_only: bool) -> Any:
+    """Return the bits of the largest magnitude among gradients as a rule gets them, or of those whose square is finite."""
+    params, grads, _, master, _ = memory
+    peak = np.uint32(0)
+    for j in range(size):
+        i = np.uint64(j)
+        _, grad = rules.prepared(load_param(params, master, i), load(grads, i), rules.Update(*c))
+        if not finite_only or grad * grad < np.float32(np.inf):
+            peak = larger_magnitude(peak, grad)
+    return peak
+
+
+@inlined
+def _step_elements(c: Any, memory: Any, views: Any, checks: Any, size: int, clear: Any, draws: Any) -> None:
+    params, grads, states, master, out = memory
+    for j in range(size):
+        i = np.uint64(j)
+        param = load_param(params, master, i)
+        state = blocks.load_states(states, i, views, checks)
+        param, state = rules.update(param, load(grads, i), state, rules.Update(*c))
+        blocks.store_states(states, i, state, draws, views, checks)
+        store_param(params, master, i, param, word_for_param(draws))
+        store(out, i, param)
+        if clear is not None:  # decided by the type, when compiled
+            grads[i] = 0
+        draws = draws_after(draws)
+
+
+@inlined
+def _keep_elements(states: Any, views: Any, checks: Any, size: int, draws: Any) -> None:
+    """Write what is kept of a block with its new scales."""
+    for j in range(size):
+        i = np.uint64(j)
+        blocks.keep_states(states, i, draws, views, checks)
+        draws = draws_after(draws)
+
+
+@inlined
+def _is_usual(rule: Any) -> bool:
+    """Return whether both averages move from their old values, not from the new ones.
+
+    Where compilers know it, they need no branch for it in each element (:func:`rules.moving_average`).
+    """
+    return rule.one_minus_beta1 < rule.beta1 and rule.one_minus_beta2 < rule.beta2
+
+
+@inlined
+def _step_run(c: Any, memory: Any, start: int, stop: int, clear: Any, rounding: Any) -> None:
+    """Step elements of which no state is in blocks."""
+    if _is_usual(c[3]):
+        while start + BLOCK <= stop:
+            here = moved(memory, start)
+            prefetch(here)
+            _step_elements(c, here, None, None, BLOCK, clear, draws_at(rounding, start))
+            start += BLOCK
+    _step_elements(c, moved(memory, start), None, None, stop - start, clear, draws_at(rounding, start))
+
+
+# --- Blocks -------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _step_blocks(c: Any, memory: Any, scales: Any, start: int, stop: int, clear: Any, rounding: Any) -> Any:
+    """Step blocks from ``start`` on, while they are whole and finite; return where the others begin."""
+    while start + BLOCK <= stop:
+        here, block = moved(memory, start), start // BLOCK
+        prefetch(here)
+        states, peak = here[2], _peak(c, here, BLOCK, False)
+        bounds = blocks.with_step(blocks.no_bounds(states), states, scales, block, peak, c[3])
+        if not blocks.are_finite(states, scales, block, bounds):
+            break
+        views = blocks.views_of(states, scales, block, bounds, BLOCK, c[3].beta2, True)
+        _step_elements(c, here, views, None, BLOCK, clear, draws_at(rounding, start))
+        blocks.set_scales(states, scales, block, bounds, views, None, BLOCK)
+        start += BLOCK
+    return start
+
+
+@called
+def _step_block(
+    memory: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    bounds_of_block: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+) -> None:
+    """Step the pieces of one block, or a part of a piece; they may be short, frozen, or not finite."""
+    start, stop = bounds_of_block
+    here, block, rule = moved(memory, start), start // BLOCK, others[2]
+    states = here[2]
+    is_finite, finite_only = False, False
+    bounds = blocks.no_bounds(states)
+    least = np.float32(1)
+    while True:
+        bounds = blocks.no_bounds(states)
+        for k in range(group[0], group[1]):
+            a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
+            if row == KEPT:
+                bounds = blocks.with_kept(bounds, states, scales, block)
+            else:
+                arguments = (moved(memory, a), b - a, finite_only)
+                peak = _peak_of_row(coefficients, row, decay, others, arguments)
+                rule_of_row = part_of_row(rule, coefficients, row, 1)
+                least = min(least, rule_of_row.beta2)
+                bounds = blocks.with_step(bounds, states, scales, block, peak, rule_of_row)
+        if finite_only:
+            bounds = blocks.limited(bounds)
+            break
+        is_finite = blocks.are_finite(states, scales, block, bounds)
+        if is_finite:
+            break
+        finite_only = True
+    views = blocks.views_of(states, scales, block, bounds, stop - start, least, is_finite)
+    checks = blocks.checks_of(states, scales, block, is_finite)
+    for k in range(group[0], group[1]):
+        a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
+        place, draws = moved(memory, a), draws_at(rounding, a)
+        if row == KEPT:
+            _keep_elements(place[2], views, checks, b - a, draws)
+        else:
+            _step_row(coefficients, row, decay, others, (place, views, checks, b - a, clear, draws))
+    blocks.set_scales(states, scales, block, bounds, views, checks, stop - start)
+
+
+# --- Pieces: with the coefficients of their row -------------------------------------------------------------
+
+
+def _with_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``function(c, *arguments)`` be called with a row of the table of coefficients in place of ``c``."""
+
+    def called(coefficients: Any, row: int, decay: Any, others: Any, arguments: Any) -> Any:
+        conditioning, direction, rule, average = others
+        rule_of_row = part_of_row(rule, coefficients, row, 1)
+        if decay is None:  # decided by the type, when compiled
+            return function((conditioning, direction, None, rule_of_row, average), *arguments)
+        if isnan(coefficients[row, 0]):
+            return function((conditioning, direction, None, rule_of_row, average), *arguments)
+        decay_of_row = part_of_row(decay, coefficients, row, 0)
+        return function((conditioning, direction, decay_of_row, rule_of_row, average), *arguments)
+
+    called.__name__ = f"{function.__name__}_of_row"
+    return inlined(called)
+
+
+_peak_of_row, _step_row = _with_row(_peak), _with_row(_step_elements)
+_step_run_of_row, _step_blocks_of_row = _with_row(_step_run), _with_row(_step_blocks)
+
+
+def _step_group(
+    params: Any,
+    grads: Any,
+    states: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> None:
+    """Step the pieces of a group."""
+
+
+@overload(_step_group, jit_options=INLINED, strict=False)
+def _compiled_step_group(
+    params: Any,
+    grads: Any,
+    states: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> Callable[..., None]:
+    return _step_piece if isinstance(scales, types.NoneType) else _step_pieces
+
+
+def _step_piece(
+    params: Any,
+    grads: Any,
+    states: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> None:
+    memory, first = memory_of(params, grads, states, master, out), group[0]
+    start, stop, row = pieces[first, 0], pieces[first, 1], pieces[first, 2]
+    keys = at_element(rounding, start)  # a piece does not go across elements with another key
+    _step_run_of_row(coefficients, row, decay, others, (memory, start, stop, clear, keys))
+
+
+def _step_pieces(
+    params: Any,
+    grads: Any,
+    states: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    clear: Any,
+    rounding: Any,
+    master: Any,
+    out: Any,
+) -> None:
+    memory, scales_of = memory_of(params, grads, states, master, out), blocks.pointers_to(scales)
+    first, are_parts = group[0], group[1] - group[0] > 1
+    start, stop, row = pieces[first, 0], pieces[first, 1], pieces[first, 2]
+    keys = at_element(rounding, start)
+    if are_parts:  # of one block
+        start -= start % BLOCK
+        stop = min(start + BLOCK, params.size)
+    usual = not are_parts and _is_usual(blocks.part_of_row(others[2], coefficients, row, 1))
+    while start < stop:
+        if usual:
+            arguments = (memory, scales_of, start, stop, clear, keys)
+            start = _step_blocks_of_row(coefficients, row, decay, others, arguments)
+        if start < stop:
+            block = (start, min(start + BLOCK, stop))
+            _step_block(memory, scales_of, pieces, group, block, coefficients, decay, others, clear, keys)
+            start += BLOCK
+
+
+# --- The loop -----------------------------------------------------------------------------------------------
 
 
 def _make_loop(cache_key: str) -> Callable[..., None]:
@@ -31,6 +297,10 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         params: Array,
         grads: Array,
         states: tuple[Array, ...],
+        pieces: Integers,
+        first_piece: Integers,
+        first_group: Integers,
+        coefficients: Array,
         conditioning: Any,
         direction: Any,
         decay: Any,
@@ -40,12 +310,28 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         rounding: Any,
         master: Any,
         out: Any,
+        scales: tuple[Array, ...] | None,
     ) -> None:
         cache_key  # noqa: B018
         # In the serial compilation, prange is range.
-        for i in prange(params.size):
-            c = (conditioning, direction, decay, rule, average)
-            step_element(params, grads, states, i, c, clear, rounding, master, out)
+        for share in prange(first_group.size - 1):
+            for k in range(first_group[share], first_group[share + 1]):
+                group, others = (first_piece[k], first_piece[k + 1]), (conditioning, direction, rule, average)
+                _step_group(
+                    params,
+                    grads,
+                    states,
+                    scales,
+                    pieces,
+                    group,
+                    coefficients,
+                    decay,
+                    others,
+                    clear,
+                    rounding,
+                    master,
+                    out,
+                )
 
     return step_stored
 
@@ -53,99 +339,89 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
 serial, parallel = jit(_make_loop), jit(_make_loop, parallel=True)
 
 
-def from_element(storage: Storage, a: int, b: int) -> Storage:
-    """Return the storage of the elements ``a`` up to, without, ``b``."""
-    rounding, master, out = storage
-    if rounding is not None and (a or rounding.first >= BLOCK):
-        first = int(rounding.first) + a
-        of_block = first // BLOCK * WEYL_OF_HIGH
-        keys = [np.uint32(int(key) + of_block & 0xFFFFFFFF) for key in rounding[:2]]
-        rounding = Rounding(keys[0], keys[1], np.uint64(first))
-    return Storage(rounding, *(None if array is None else array[a:b] for array in (master, out)))
+# --- As for segments ----------------------------------------------------------------------------------------
 
 
-def borders(rounding: Rounding | None, size: int) -> list[int]:
+def spans(rounding: Rounding | None, size: int) -> tuple[int, ...]:
     """Return the elements inside of a buffer where another key begins."""
     if rounding is None:
-        return []
-    return list(range(-int(rounding.first) % BLOCK or BLOCK, size, BLOCK))
-
-
-def _in_blocks(rounding: Rounding | None, pieces: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Cut pieces, in order, at :func:`borders`."""
-    places = borders(rounding, size)
-    if not places:
-        return pieces
-    edges = sorted({*places, *(edge for piece in pieces for edge in piece)})
-    return list(pairwise(edges))
+        return ()
+    return tuple(range(-int(rounding.first) % SPAN or SPAN, size, SPAN))
 
 
 def plan(
     params: Array,
     grads: Array,
     states: tuple[Array, ...],
+    cuts: Cuts,
+    coefficients: Array,
     c: rules.Update,
     clear: rules.Clear | None,
     storage: Storage,
 ) -> Callable[[], None]:
-    """Return the call that advances ``params`` and ``states`` by one step, in place.
+    """Return the call that advances units of ``params`` and ``states`` by one step, in place.
 
     All that could fail is done here, before anything is written.
 
     Parameters
     ----------
     params, grads, states : ndarray, tuple of ndarray
-        As for :func:`fastadam.kernels.cpu.plan`, each float32, float64, or codes of float16 (uint16) or
-        bfloat16 (int16). The average of the parameters is of the dtype in which the rule computes.
-    c, clear
+        As for :func:`fastadam.kernels.cpu.plan`, each float32, or codes of float16 (uint16) or bfloat16
+        (int16); moments, too, in 8 bits (int8 the first, uint8 the second). The average of the parameters is
+        float32.
+    cuts : Cuts
+        The units.
+    coefficients, c
+        A row of coefficients for each unit and those that are the same for all, as for
+        :func:`fastadam.kernels.segments.plan`.
+    clear
         As there.
     storage : Storage
-        How they are rounded, a master of the parameters, and where a copy of them goes.
+        How numbers are rounded, a master of the parameters, where a copy of them goes, scales of blocks.
     """
-    size, (conditioning, direction, decay, rule, average) = params.size, c
-    coefficients = (conditioning, direction, decay, rule, average, clear)
-    if size < PARALLEL_FROM and not borders(storage.rounding, size):  # where each call counts
-        more = from_element(storage, 0, size)
-        return partial(serial, params, grads, states, *coefficients, *more)
-    many = size >= PARALLEL_FROM and threads.numba_is_safe()
-    split = [(0, size)]
-    if size >= PARALLEL_FROM and not many:
-        split = threads.pieces(size, threads.count())
-    calls: list[Callable[[], None]] = []
-    for a, b in _in_blocks(storage.rounding, split, size):
-        arrays = params[a:b], grads[a:b], tuple(state[a:b] for state in states)
-        more = from_element(storage, a, b)
-        calls.append(partial(parallel if many else serial, *arrays, *coefficients, *more))
-    if len(calls) == 1:
-        return calls[0]
-    # In another thread, which no signal handler interrupts between two of them.
-    return threads.in_pool([partial(_one_by_one, calls)] if many else calls)
+    by_numba, count = threads.shares(cuts.total, PARALLEL_FROM, threads.MIN_PIECE)
+    in_blocks = storage.scales is not None
+    groups = cuts.groups(count, spans(storage.rounding, params.size), in_blocks=in_blocks)
+    loop = parallel if by_numba else serial
+    calls = [
+        partial(
+            loop,
+            params,
+            grads,
+            states,
+            groups.pieces,
+            groups.first_piece,
+            first,
+            coefficients,
+            *c,
+            clear,
+            *storage,
+        )
+        for first in ([groups.first_group] if by_numba else _pairs(groups.first_group))
+    ]
+    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
 
 
-def _one_by_one(calls: list[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
+def _pairs(first: Array) -> list[Array]:
+    return [first[k : k + 2] for k in range(first.size - 1)] or [first]
 
 
 def prepare(
     params: Array,
     grads: Array,
     states: tuple[Array, ...],
+    cuts: Cuts,
     c: rules.Update,
     clear: rules.Clear | None,
     storage: Storage,
 ) -> None:
     """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
-    loop = parallel if params.size >= PARALLEL_FROM and threads.numba_is_safe() else serial
+    loop = parallel if cuts.total >= PARALLEL_FROM and threads.numba_is_safe() else serial
     _call_with_nothing(loop, params, grads, states, c, clear, storage)
 
 
 def warmup(
-    params: Array,
-    states: tuple[Array, ...],
-    c: rules.Update,
-    clear: rules.Clear | None,
-    storage: Storage,
+    params: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None, storage: Storage
 ) -> None:
     """Compile, or load from the disk cache, all loops for arrays without elements."""
     for grads in writable_and_not(params.dtype) if clear is None else (params,):
@@ -162,5 +438,6 @@ def _call_with_nothing(
     clear: rules.Clear | None,
     storage: Storage,
 ) -> None:
-    empty = tuple(state[:0] for state in states)
-    loop(params[:0], grads[:0], empty, *c, clear, *from_element(storage, 0, 0))
+    pieces, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
+    coefficients = np.empty((0, len(COLUMNS)), c.rule.eps.dtype)
+    loop(params, grads, states, pieces, first, first, coefficients, *c, clear, *storage)
