@@ -8,6 +8,7 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 - ``python -m bench.scaling``: a step by number of threads;
 - ``python -m bench.startup``: import and first step, in new processes;
 - ``python -m bench.memory``: what a step allocates;
+- ``python -m bench.training``: the losses of networks trained with every storage of moments and parameters;
 - ``python -m bench.gpu_compare``: a step on a GPU beside peers, a copy and the roofline;
 - ``python -m bench.gpu_phase``: clip by norm, step, average and clear on a GPU, beside PyTorch's calls;
 - ``python -m bench.gpu_launch``: a step on a GPU by launch, which sets the constants of ``kernels/grids.py``;
@@ -19,5 +20,6 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 Below them: ``harness`` (clocks), ``contest`` (comparisons), ``peers`` and ``phase_peers`` (contenders),
 ``oracle`` and ``phase_oracle`` (correctness before every timing), ``roofline`` and ``phase_roofline`` (the
 time that the memory traffic takes); for a GPU ``gpu_timer``, ``gpu_contest``, ``gpu_measure``,
-``gpu_program``, ``gpu_peers`` and ``gpu_references``, ``gpu_phase_peers`` and ``gpu_phase_references``.
+``gpu_program``, ``gpu_peers`` and ``gpu_references``, ``gpu_phase_peers`` and ``gpu_phase_references``; for
+training ``storages``, ``networks``, ``transformer`` and ``language``.
 """

@@ -101,6 +101,17 @@ def _memory(result: Result) -> str:
     )
 
 
+def _training(result: Result) -> str:
+    parts = []
+    for network in dict.fromkeys(row["network"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["network"] == network]
+        heading = f"{network}: {rows[0]['steps']} steps, {result['seeds']} seeds"
+        parts.append(tables.table([heading, *tables.TRAINING], map(tables.training_cells, rows)))
+    if result["skipped"]:
+        parts.append(f"Not tried here: {', '.join(result['skipped'])}.\n")
+    return "\n".join(parts)
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "compare": _compare,
     "phase": _phase,
@@ -108,6 +119,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "scaling": _scaling,
     "startup": _startup,
     "memory": _memory,
+    "training": _training,
     **gpu_report.RENDERERS,
 }
 

@@ -81,3 +81,30 @@ def _gpu(gpu: dict[str, Any]) -> str:
         f"{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs, L2 {gpu['l2_mib']} MiB,"
         f" {driver}CUDA {gpu['cuda_driver']} (runtime {gpu['cuda_runtime']})"
     )
+
+
+TRAINING = ["training loss", "of float32's", "held-out loss", "of float32's", "the same within", "accuracy"]
+"""The header of :func:`training_cells`, behind its first column."""
+
+
+def training_cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of one storage: means over the seeds, with their spread."""
+    training = held_out = within = ""
+    if row["storage"] != "float32":
+        training = _spread(row["training_loss_over_float32"], 3)
+        training = training if row["training_loss_within"] else f"**{training}**"
+        held_out = _spread(row["held_out_loss_over_float32"], 3)
+        within = row["held_out_loss_within"] or ("**neither**" if row["promised"] else "neither")
+    losses = (_spread(row[name], 4) for name in ("training_loss", "held_out_loss"))
+    accuracy = _percent(row["held_out_accuracy"])
+    return [row["label"], next(losses), training, next(losses), held_out, within, accuracy]
+
+
+def _spread(value: dict[str, float | None], digits: int) -> str:
+    mean, spread = value["mean"], value["spread"]
+    return "not finite" if mean is None or spread is None else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _percent(value: dict[str, float | None]) -> str:
+    mean, spread = value["mean"], value["spread"]
+    return "not finite" if mean is None or spread is None else f"{mean:.1%} ± {spread:.1%}"
