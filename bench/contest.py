@@ -53,6 +53,29 @@ def start_all(
     return tasks
 
 
+def clock(
+    contest: Contest,
+    names: list[str],
+    size: int,
+    dtype: str,
+    *,
+    starts: int,
+    rounds: int,
+    blocks: harness.Blocks,
+) -> harness.Measurement:
+    """Start, check and time contenders at one size.
+
+    They are started several times, because of what :mod:`bench.placement` says.
+    """
+    parts = []
+    for seed in range(starts):
+        tasks = start_all(contest, names, size, dtype, seed)
+        parts.append(harness.interleave(tasks, rounds=rounds, blocks=blocks, seed=seed))
+        del tasks
+        gc.collect()  # the libraries' reference cycles would keep gigabytes until the next start
+    return harness.Measurement.pooled(parts)
+
+
 def measure(
     contest: Contest,
     names: list[str],
@@ -63,9 +86,7 @@ def measure(
     rounds: int,
     blocks: harness.Blocks,
 ) -> list[dict[str, Any]]:
-    """Start, check and time contenders at one size.
-
-    They are started several times, because of what :mod:`bench.placement` says.
+    """Do what :func:`clock` does.
 
     Returns
     -------
@@ -73,14 +94,7 @@ def measure(
         One row for each contender, plain values. ``fastadam_over_peer`` are the quartiles of the time of
         fastadam over the contender's.
     """
-    parts = []
-    for seed in range(starts):
-        tasks = start_all(contest, names, size, dtype, seed)
-        parts.append(harness.interleave(tasks, rounds=rounds, blocks=blocks, seed=seed))
-        del tasks
-        gc.collect()  # the libraries' reference cycles would keep gigabytes until the next start
-    measured = harness.Measurement.pooled(parts)
-
+    measured = clock(contest, names, size, dtype, starts=starts, rounds=rounds, blocks=blocks)
     rows = []
     for name in names:
         seconds = measured.median(name)

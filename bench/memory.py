@@ -2,11 +2,13 @@
 
 In a new process, after both kernels ran on small buffers, so that libraries and threads have what they
 need; then the growth of the peak of resident memory beyond the parameters and gradients, and of the memory
-that Python and NumPy allocate during a step.
+that Python and NumPy allocate during a step. And what the first step allocates and keeps, for each way to
+store the state.
 """
 
 from __future__ import annotations
 
+import gc
 import re
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import environment
+from bench import environment, storages
 from bench.environment import Result
+from bench.oracle import Array
+from bench.storages import Storage
 from bench.units import format_bytes, format_size, parse_size
 from fastadam import FusedAdam
 from fastadam.kernels.cpu import PARALLEL_FROM
@@ -52,9 +56,16 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _steps(size: int, count: int) -> None:
-    params, grads = np.ones(size, np.float32), np.ones(size, np.float32)
-    optimizer = FusedAdam()
+def _ones(size: int, storage: Storage) -> tuple[Array, Array]:
+    """Return parameters and gradients."""
+    kinds = storage.params, storage.grads
+    params, grads = (np.ones(size, storages.numpy_dtype(kind)) for kind in kinds)
+    return params, grads
+
+
+def _steps(size: int, count: int, storage: Storage) -> None:
+    params, grads = _ones(size, storage)
+    optimizer = storage.optimizer()
     for _ in range(count):
         optimizer.step(params, grads)
 
@@ -64,8 +75,8 @@ def grow(size: int) -> Growth:
 
     The peak of the resident memory is reset before, and so does not count what was freed earlier.
     """
-    _steps(PARALLEL_FROM // 2, 3)
-    _steps(PARALLEL_FROM * 2, 3)
+    _steps(PARALLEL_FROM // 2, 3, Storage())
+    _steps(PARALLEL_FROM * 2, 3, Storage())
 
     params, grads = np.ones(size, np.float32), np.ones(size, np.float32)
     optimizer = FusedAdam(lr=1e-3)
@@ -83,6 +94,42 @@ def grow(size: int) -> Growth:
     if not np.allclose(params[:: max(1, size // 1000)], 1 - 3e-3, rtol=0, atol=1e-6):
         raise AssertionError("three steps on a constant gradient must move by lr each; they do not.")
     return Growth(first - before, second - first, traced)
+
+
+def kept(size: int, storage: Storage) -> int:
+    """Take a step in this process; return the bytes that NumPy and Python allocate for it and that remain."""
+    _steps(PARALLEL_FROM // 2, 2, storage)
+    _steps(PARALLEL_FROM * 2, 2, storage)
+
+    params, grads = _ones(size, storage)
+    optimizer = storage.optimizer()
+    gc.collect()
+    tracemalloc.start()
+    optimizer.step(params, grads)
+    remaining, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    if optimizer.state.step != 1:
+        raise AssertionError("one step must have been taken; it was not.")
+    return remaining
+
+
+def kept_rows(size: int) -> list[dict[str, Any]]:
+    """Measure each way to store the state that there is; return one row for each, plain values."""
+    rows: list[dict[str, Any]] = []
+    for name, storage in storages.STORAGES.items():
+        if storage.refused() is not None:
+            continue
+        bytes_kept = kept(size, storage)
+        rows.append(
+            {
+                "name": name,
+                "params": storage.params,
+                "bytes": bytes_kept,
+                "bytes_per_element": bytes_kept / size,
+                "target": storage.most_bytes_kept,
+            }
+        )
+    return rows
 
 
 def rows_of(growth: Growth, size: int) -> list[dict[str, Any]]:
@@ -120,6 +167,7 @@ def main(
     size = size or parse_size("1Mi" if quick else "32Mi")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         rows = rows_of(process.submit(grow, size).result(), size)
+        states = process.submit(kept_rows, size).result()
 
     table = Table(f"{format_size(size)} float32", "Bytes", "Per element", "Target")
     for row in rows:
@@ -132,11 +180,18 @@ def main(
         )
     console = Console()
     console.print(table)
+    table = Table("State", "Parameters", "Kept per parameter", "Target")
+    for row in states:
+        met = "[green]met" if row["bytes_per_element"] <= row["target"] else "[red]missed"
+        kept_here, target = f"{row['bytes_per_element']:.4f}", f"{row['target']:.2f} {met}"
+        table.add_row(row["name"], row["params"], kept_here, target)
+    console.print(table)
     result: Result = {
         "kind": "memory",
         "environment": environment.environment(),
         "size": size,
         "rows": rows,
+        "states": states,
     }
     console.print(f"wrote {environment.save(result, output).name}")
 

@@ -43,6 +43,8 @@ class Contender(NamedTuple):
     """Of the parameters, where it keeps one."""
     read_grads: Callable[[], Array] | None = None
     """Where it clears them."""
+    read_copy: Callable[[], Array] | None = None
+    """Of the parameters, in bfloat16 as codes, where it writes one."""
 
 
 def inputs(size: int, dtype: Any, seed: int = 0) -> tuple[Array, Array]:

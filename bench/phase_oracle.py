@@ -110,6 +110,26 @@ def check_phase(
             )
 
 
+def check_phase_with_copy(name: str, contender: Contender, params: Array, grads: Array) -> None:
+    """Do what :func:`check_phase` does; compare the copy of the parameters with them, rounded to the nearest.
+
+    Raises
+    ------
+    WrongUpdateError
+        If an update is wrong, or an element of the copy is another one.
+    """
+    assert contender.read_copy is not None
+    check_phase(name, contender, params, grads)
+    bits = contender.read_params().view(np.uint32)
+    expected = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)  # finite, as is checked above
+    wrong = np.flatnonzero(contender.read_copy().view(np.uint16) != expected)
+    if wrong.size:
+        raise WrongUpdateError(
+            f"{name} must copy the new parameters to bfloat16, to the nearest; got another number at"
+            f" {wrong[0]} of {params.size} elements."
+        )
+
+
 def check_norm(name: str, contender: Contender, params: Array, grads: Array) -> None:
     """Compare the norm that a contender returns with that in float64.
 

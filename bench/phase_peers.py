@@ -38,8 +38,8 @@ def refilled(
     )
 
 
-def start_fastadam(params: Array, grads: Array) -> Contender:
-    """One ``FusedAdam.step``."""
+def start_fastadam(params: Array, grads: Array, out: Array | None = None) -> Contender:
+    """One ``FusedAdam.step``, which may write a copy of the parameters."""
     optimizer = FusedAdam(
         LR,
         BETAS,
@@ -50,7 +50,7 @@ def start_fastadam(params: Array, grads: Array) -> Contender:
         ema_decay=EMA_DECAY,
         zero_grads=True,
     )
-    step = partial(optimizer.step, params, grads)
+    step = partial(optimizer.step, params, grads, out=out)
     return refilled(step, params, grads, lambda: optimizer.state.param_ema)
 
 

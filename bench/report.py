@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench import gpu_report, tables
+from bench import gpu_report, storage_report, tables
 from bench.environment import RESULTS, ROOT, Result
 from bench.units import format_bytes, format_size, format_time
 
@@ -96,9 +96,11 @@ def _memory(result: Result) -> str:
         ]
         for row in result["rows"]
     )
-    return tables.table(
+    growth = tables.table(
         [f"{format_size(result['size'])} float32", "bytes", "per element", "at most", ""], rows
     )
+    states = result.get("states")
+    return f"{growth}\n{storage_report.states(states)}" if states else growth
 
 
 def _training(result: Result) -> str:
@@ -115,6 +117,7 @@ def _training(result: Result) -> str:
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "compare": _compare,
     "phase": _phase,
+    "storage": storage_report.storage,
     "threshold": _threshold,
     "scaling": _scaling,
     "startup": _startup,

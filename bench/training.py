@@ -29,7 +29,7 @@ from rich.table import Table
 from bench import environment, tables
 from bench.environment import Result
 from bench.networks import NETWORKS, OPTIONS, Network, Scores, Training
-from bench.storages import STORAGES, Storage
+from bench.training_storages import STORAGES, Storage
 from fastadam import FusedAdam
 
 SEEDS, QUICK_SEEDS = 5, 2

@@ -34,6 +34,7 @@ step "benchmark smoke"
 python -m bench.compare --quick --output "$work/compare.json"
 python -m bench.phase --quick --output "$work/phase.json"
 python -m bench.training --quick --output "$work/training.json"
+python -m bench.storage --quick --output "$work/storage.json"
 pytest bench --benchmark-disable
 
 step "sdist, and a wheel built from it"

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 # Behind the installed package, which `bench` measures: the root of the tree holds a folder of its name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import language, networks, report, storages, training
+from bench import language, networks, report, training, training_storages
 from bench.environment import ROOT
 from bench.networks import NETWORKS, Scores
-from bench.storages import STORAGES, Storage
+from bench.training_storages import STORAGES, Storage
 from bench.transformer import CONTEXT, Transformer
 
 PROMISED = [name for name, storage in STORAGES.items() if storage.promised and name != "float32"]
@@ -270,5 +270,5 @@ def test_report_shows_means_and_spreads(scores, promised, shown, monkeypatch):
 def test_storages_that_are_missing_say_why(monkeypatch):
     assert STORAGES["float32"].missing() is None
     assert Storage("it", {"state_dtype": "7bit"}).missing() is not None
-    monkeypatch.setattr(storages, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_storages, "find_spec", lambda _: None)
     assert STORAGES["split-bfloat16"].missing() == "not installed: ml_dtypes"
