@@ -94,9 +94,9 @@ class Accumulator:
 
 
 def _on_device(kernels: Cuda, like: DeviceBuffer, host: Any) -> tuple[DeviceBuffer, Any]:
-    """Return a sum at the place of ``like`` in 16 bytes, for a step to access in packs, and its memory."""
-    offset, stream = like.pointer % PACK, like.stream or 0
-    nbytes = like.size * like.dtype.itemsize
+    """Return a sum at the place of ``like`` in packs, for a step to access in packs, and its memory."""
+    math, stream = formats.math_of(like.dtype), like.stream or 0
+    offset, nbytes = like.pointer // like.dtype.itemsize * math.itemsize % PACK, like.size * math.itemsize
     if host is None:
         memory = kernels.zeros(nbytes + PACK, like.device, stream)
     else:
@@ -104,7 +104,7 @@ def _on_device(kernels: Cuda, like: DeviceBuffer, host: Any) -> tuple[DeviceBuff
         image[offset : offset + nbytes] = host.view(np.uint8)
         memory = kernels.to_device(image, like.device, stream)
     address = kernels.address(memory) + offset
-    return DeviceBuffer(address, like.size, like.dtype, like.device, stream, memory), memory
+    return DeviceBuffer(address, like.size, math, like.device, stream, memory), memory
 
 
 def _restore(entries: Mapping[str, Any]) -> Accumulator:

@@ -60,7 +60,7 @@ def flat(
     if type(buffer) is np.ndarray:
         array = buffer
     else:
-        adopted = _adopt(buffer, name, writable, backend)
+        adopted = _adopt(buffer, name, writable, backend, codes)
         if isinstance(adopted, DeviceBuffer):
             return adopted
         array = adopted
@@ -82,7 +82,7 @@ def flat(
 def require_same_layout(name: str, array: Buffer, other_name: str, other: Buffer) -> bool:
     """Do what :func:`require_same_size` does, and raise TypeError if devices differ."""
     if type(array) is not np.ndarray or type(other) is not np.ndarray:
-        _require_same_device(name, array, other_name, other)
+        require_same_place(name, array, other_name, other)
     return require_same_size(name, array, other_name, other)
 
 
@@ -125,7 +125,8 @@ def place(buffer: Buffer) -> str:
     return f"CUDA device {buffer.device}" if isinstance(buffer, DeviceBuffer) else "CPU memory"
 
 
-def _require_same_device(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
+def require_same_place(name: str, array: Buffer, other_name: str, other: Buffer) -> None:
+    """Raise TypeError if two buffers lie on different devices."""
     if place(array) != place(other):
         raise TypeError(
             f"{name} must be on the device of {other_name} ({place(other)}); got {place(array)}. Pass a copy."
@@ -138,7 +139,7 @@ def require_in_cpu_memory(name: str, array: Buffer) -> None:
         raise TypeError(f"{name} must be in CPU memory; got {place(array)}. Pass a CPU copy.")
 
 
-def _adopt(buffer: object, name: str, writable: bool, backend: str | None) -> Buffer:
+def _adopt(buffer: object, name: str, writable: bool, backend: str | None, codes: bool) -> Buffer:
     """View what is not exactly an ``ndarray`` as one, or as a buffer in GPU memory."""
     kind = f"{type(buffer).__module__.partition('.')[0]}.{type(buffer).__name__}"
     if isinstance(buffer, np.ma.MaskedArray):
@@ -159,9 +160,8 @@ def _adopt(buffer: object, name: str, writable: bool, backend: str | None) -> Bu
         reason = str(error).partition("\n")[0]
         raise TypeError(f"{name} must share its memory; {kind} refuses: {reason}") from error
     if interface is not None:
-        return device_buffers.flat(
-            owner, interface, name, writable=writable, backend=None if backend == "cpu" else backend
-        )
+        asked = None if backend == "cpu" else backend
+        return device_buffers.flat(owner, interface, name, writable=writable, backend=asked, codes=codes)
     if on_device:
         raise TypeError(
             f"{name} must be in CPU memory or on an NVIDIA GPU; got another device's array ({kind})."

@@ -13,6 +13,7 @@ from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import REPORTS, Clock
 from fastadam.kernels.cuda_units import DeviceUnits
+from fastadam.kernels.device_storage import StoredTypes
 from fastadam.last_step import Done
 from fastadam.rows import Rows
 from fastadam.segments import Segments
@@ -79,6 +80,11 @@ def fits(clock: Clock | None, types: KernelTypes, h: Hyperparameters, segments: 
     if clock.units is not None:  # made for the decay that any segment has
         types = types._replace(decay=clock.types.decay)
     return clock.types == types
+
+
+def stores(clock: Clock | None, stored: StoredTypes | None) -> bool:
+    """Return whether a clock has seen a step of a storage: what it needs is compiled and loaded."""
+    return clock is not None and stored in clock.stored
 
 
 def fitting(

@@ -11,19 +11,25 @@ from typing import Any
 import numpy as np
 
 from fastadam import backends, streams
-from fastadam.formats import FLOATS, is_bfloat16
+from fastadam.formats import FLOATS, of_codes
 from fastadam.kernels.cuda import DeviceBuffer
 
 
 def flat(
-    buffer: object, interface: dict[str, Any], name: str, *, writable: bool, backend: str | None
+    buffer: object,
+    interface: dict[str, Any],
+    name: str,
+    *,
+    writable: bool,
+    backend: str | None,
+    codes: bool = True,
 ) -> DeviceBuffer:
     """View an array in GPU memory as a flat buffer.
 
     Parameters
     ----------
     buffer : array_like
-        C-contiguous, of any shape, float32 or float64.
+        C-contiguous, of any shape, float32, float64, float16 or bfloat16.
     interface : dict
         Its ``__cuda_array_interface__``.
     name : str
@@ -32,6 +38,8 @@ def flat(
         Whether it must be writable.
     backend : str or None
         The CUDA backend to ask where the array does not tell its device; None for any.
+    codes : bool
+        Whether it may be of 16 bits.
 
     Raises
     ------
@@ -55,8 +63,9 @@ def flat(
         raise TypeError(f"{name} must be a plain array; got a masked array. Pass its data.")
     if dtype not in FLOATS:
         given = getattr(buffer, "dtype", dtype)
-        later = " on a GPU, for now" if dtype == np.float16 or is_bfloat16(given) else ""
-        raise TypeError(f"{name} must be float32 or float64{later}; got {given}.")
+        if not codes:
+            raise TypeError(f"{name} must be float32 or float64; got {given}.")
+        dtype = of_codes(dtype, name, given)
     if strides is not None and not _is_contiguous(shape, strides, dtype.itemsize):
         raise ValueError(
             f"{name} must be C-contiguous; got shape {shape} with strides {tuple(strides)}."

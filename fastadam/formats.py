@@ -18,7 +18,7 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 FLOAT16, BFLOAT16 = np.dtype(np.uint16), np.dtype(np.int16)
 
 FLOATS = frozenset({FLOAT32, FLOAT64})
-"""The dtypes in which rules compute, and the only ones on a GPU, for now."""
+"""The dtypes in which rules compute."""
 
 _NAMES: dict[np.dtype[Any], str] = {
     FLOAT16: "float16",
@@ -54,12 +54,17 @@ def is_bfloat16(dtype: Any) -> bool:
 
 
 def codes(array: Array, name: str, given: object) -> Array:
-    """View an array of float16 or bfloat16 as codes.
+    """View an array of float16 or bfloat16 as codes; the rest as for :func:`of_codes`."""
+    return array.view(of_codes(array.dtype, name, given))
+
+
+def of_codes(dtype: np.dtype[Any], name: str, given: object) -> np.dtype[Any]:
+    """Return the dtype of the codes in an array of float16 or bfloat16.
 
     Parameters
     ----------
-    array : ndarray
-        Of any dtype but float32 and float64.
+    dtype : dtype
+        NumPy's of the array, any but float32 and float64.
     name : str
         What errors call it.
     given : object
@@ -70,14 +75,14 @@ def codes(array: Array, name: str, given: object) -> Array:
     TypeError
         If it is of another dtype.
     """
-    if array.dtype == np.float16:
-        return array.view(FLOAT16)
+    if dtype == np.float16:
+        return FLOAT16
     if is_bfloat16(given):
-        return array.view(BFLOAT16)
+        return BFLOAT16
     remedy = ""
-    if array.dtype.kind in "uiV" and array.dtype.itemsize == 2:
+    if dtype.kind in "uiV" and dtype.itemsize == 2:
         remedy = " If it holds codes, say of what: x.view(numpy.float16) or x.view(ml_dtypes.bfloat16)."
-    raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {array.dtype}.{remedy}")
+    raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {dtype}.{remedy}")
 
 
 def decoded(array: Array) -> Array:

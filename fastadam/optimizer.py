@@ -234,25 +234,25 @@ class FusedAdam(Tunables):
         Parameters
         ----------
         flat_params : array_like
-            The parameters, n elements, read and written: a C-contiguous, writable array of any shape, float32
-            or float64, in CPU memory float16 or bfloat16, too. In CPU memory, NumPy's or anything that shares
-            its memory (DLPack, ``__array_interface__``, buffer protocol), such as a detached torch tensor. In
-            GPU memory, aligned to its elements, CuPy's, Numba's or anything with
-            ``__cuda_array_interface__`` or DLPack.
+            The parameters, n elements, read and written: a C-contiguous, writable array of any shape, of
+            float32, float64, float16 or bfloat16. In CPU memory, NumPy's or anything that shares its memory
+            (DLPack, ``__array_interface__``, buffer protocol), such as a detached torch tensor. In GPU
+            memory, aligned to its elements, CuPy's, Numba's or anything with ``__cuda_array_interface__`` or
+            DLPack.
         flat_grads : array_like
-            The gradients, n elements on the same device, of the same dtype, or, in CPU memory, any other than
-            float64 beside one other than float64; read only, and they may be read-only.
+            The gradients, n elements on the same device, of the same dtype, or any other than float64 beside
+            one other than float64; read only, and they may be read-only.
             Written, too, with ``zero_grads``. None, the default, is the mean of what :meth:`accumulate` has
             added up, which is cleared.
         grad_scale : float, optional
             What the loss was multiplied with, greater than 0: the gradients are divided by it.
         out : array_like, optional
-            Gets a copy of the new parameters, in the same pass: n elements of float32, float16 or bfloat16 in
-            CPU memory; written only, to the nearest. A step that is skipped leaves it as it is.
+            Gets a copy of the new parameters, in the same pass: n elements of float32, float16 or bfloat16 on
+            the same device; written only, to the nearest. A step that is skipped leaves it as it is.
         stream : optional
             The CUDA stream on which to queue the step: an object of any library, or the handle. Without it,
-            the current stream of the library that made ``flat_params``, in the right order with that of
-            ``flat_grads``.
+            the current stream of the library that made ``flat_params``, in the right order with those of
+            ``flat_grads`` and ``out``.
 
         Raises
         ------
@@ -263,9 +263,9 @@ class FusedAdam(Tunables):
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
             overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
-            segment ends behind them, or there is other storage on a GPU; if the parameters cannot be stored
-            as the hyperparameters say; if ``grad_scale`` is out of its range; or if the stream is being
-            captured and the step could not be replayed.
+            segment ends behind them; if the parameters cannot be stored as the hyperparameters say, or
+            telemetry comes with 16-bit storage; if ``grad_scale`` is out of its range; or if the stream is
+            being captured and the step could not be replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """
@@ -299,9 +299,7 @@ class FusedAdam(Tunables):
                 c = self._coefficients = Coefficients(self._hyperparameters, math)
             alike = alike and params.dtype == math
         loops = kernels
-        if on_device:
-            stored.require_plain(self._hyperparameters, out)
-        elif out is not None or not alike or self._segments is not None:
+        if not on_device and (out is not None or not alike or self._segments is not None):
             loops = self._other_loops(kernels, c, params, grads, state, out, alike)
         if on_device:
             take, report = device_steps.plan(
@@ -311,6 +309,8 @@ class FusedAdam(Tunables):
                 cast("DeviceBuffer", grads),
                 self._hyperparameters,
                 c,
+                out=out,
+                stream=stream,
                 grad_scale=grad_scale,
                 summed=summed,
                 segments=self._segments,
@@ -619,17 +619,16 @@ class FusedAdam(Tunables):
         names, master = h.state, stored.master_of(h)
         if state._arrays:
             buffers.require_same_size("flat_params", params, "the state", state._layout)
+        stored.require_possible(h, params.dtype, on_device=isinstance(params, DeviceBuffer))
+        kinds = precision.of_states(names, h.state_dtype)
         if isinstance(params, DeviceBuffer):
-            stored.require_plain(h, None)
             if streams.is_captured(kernels, params, cast("DeviceBuffer", grads)):
                 raise ValueError(
                     "stream must not be in capture: the first step allocates the moments."
                     " Take one step before."
                 )
-            return kernels, State.on_device(kernels, params, names, state)
-        stored.require_possible(h, params)
+            return kernels, State.on_device(kernels, params, names, kinds, master, state)
         if not state._arrays or (state._master is None and master is not None):
-            kinds = precision.of_states(names, h.state_dtype)
             state = State.of_params(params, names, kinds, master, state)
         return kernels, state
 

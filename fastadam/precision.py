@@ -21,10 +21,10 @@ def rounding(name: str, value: object) -> str:
 
 def state_dtype(name: str, value: object) -> StateDtype:
     """Return a format of the moments, or a pair of two different ones."""
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(one, str) and one in _STATE for one in pair):
+    given = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(given) != 2 or not all(isinstance(one, str) and one in _STATE for one in given):
         raise ValueError(f"{name} must be 'float32', 'bfloat16', '8bit' or a pair of them; got {value!r}.")
-    first, second = map(str, pair)
+    first, second = map(str, given)
     return first if first == second else (first, second)
 
 
@@ -40,9 +40,14 @@ def from_zero(name: str, value: object) -> int:
     return count(name, value, least=0)
 
 
+def pair(stored: StateDtype) -> tuple[str, str]:
+    """Return the formats of first and of second moments."""
+    return (stored, stored) if isinstance(stored, str) else stored
+
+
 def of_states(names: Sequence[str], stored: StateDtype) -> tuple[str, ...]:
     """Return the format of each state: those of second moments are alike, an average is never rounded."""
-    first, second = (stored, stored) if isinstance(stored, str) else stored
+    first, second = pair(stored)
     return tuple(
         first if name == "exp_avg" else "float32" if name == "param_ema" else second for name in names
     )

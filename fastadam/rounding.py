@@ -12,7 +12,8 @@ _MASK = 2**64 - 1
 
 
 @lru_cache(maxsize=16)
-def _mixed(seed: int) -> int:
+def mixed(seed: int) -> int:
+    """Return the 64 bits that a seed becomes, whatever the step."""
     return splitmix64(seed)
 
 
@@ -27,6 +28,11 @@ def splitmix64(value: int) -> int:
     return value ^ value >> 31
 
 
+def random_bits(seed: int, step: int) -> int:
+    """Return the 64 bits of a step, counted from 1, of which the keys are the halves."""
+    return splitmix64(mixed(seed) ^ step)
+
+
 def rounding(seed: int, step: int, offset: int) -> Rounding:
     """Return what stochastic rounding needs in a step, counted from 1, of a buffer.
 
@@ -37,5 +43,5 @@ def rounding(seed: int, step: int, offset: int) -> Rounding:
     offset : int
         Index of the buffer's first element in the whole buffer.
     """
-    bits = splitmix64(_mixed(seed) ^ step)
+    bits = random_bits(seed, step)
     return Rounding(np.uint32(bits & 0xFFFFFFFF), np.uint32(bits >> 32), np.uint64(offset))

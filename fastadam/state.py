@@ -101,9 +101,8 @@ class State:
         self._arrays: tuple[Buffer, ...] = (
             self._views[:-1] if has_master else self._views
         )  # a kernel's states
-        self._scales: tuple[buffers.Array, ...] = scales[
-            : len(self._arrays)
-        ]  # of each, empty where it has none
+        # Of each of them, an empty one where it has none; nothing where no moment is in blocks.
+        self._scales: tuple[buffers.Array, ...] = scales[: len(self._arrays)] if any(in_blocks) else ()
         # Of the size and the dtype of the arithmetic, in no memory to speak of.
         self._layout: Buffer = np.broadcast_to(np.zeros((), dtype), size)
         self._step = step
@@ -111,35 +110,47 @@ class State:
         self._clock: Clock | None = None  # where the step counter does, too
 
     @classmethod
-    def on_device(cls, kernels: Cuda, like: DeviceBuffer, names: tuple[str, ...], host: State) -> State:
+    def on_device(
+        cls,
+        kernels: Cuda,
+        like: DeviceBuffer,
+        names: tuple[str, ...],
+        stored: tuple[str, ...],
+        master: str | None,
+        host: State,
+    ) -> State:
         """Return a state in GPU memory, made in the order of ``like.stream``.
 
         Parameters
         ----------
         kernels : Cuda
         like : DeviceBuffer
-            The parameters: the moments get their size, dtype and device, and their place in 16 bytes, so that
-            a step can access all of them in 16-byte packs.
-        names : tuple of str
-            The moments.
+            The parameters: the states get their size and device, and their place in packs, so that a step can
+            access all of them in packs. An average and a master begin with them.
+        names, stored : tuple of str
+            The states, and the format of each.
+        master : str or None
+            The name of the master.
         host : State
             What it starts from: a state in CPU memory with these moments, or with none.
         """
-        itemsize, stream = like.dtype.itemsize, like.stream or 0
-        nbytes = like.size * itemsize
-        stride = -(-nbytes // _CACHE_LINE) * _CACHE_LINE
-        starts = [like.pointer % PACK + k * stride for k in range(len(names))]
-        total = len(names) * stride + _CACHE_LINE
+        stream, math = like.stream or 0, formats.math_of(like.dtype)
+        names, dtypes = kept(names, stored, master, math)
+        place = like.pointer // like.dtype.itemsize % (PACK // math.itemsize)
+        lengths = [like.size * dtype.itemsize for dtype in dtypes]
+        strides = [-(-length // _CACHE_LINE) * _CACHE_LINE for length in lengths]
+        starts = [
+            start + place * dtype.itemsize
+            for start, dtype in zip(accumulate(strides, initial=0), dtypes, strict=False)
+        ]
+        total = sum(strides) + _CACHE_LINE
         if host._arrays:
             image = np.zeros(total, np.uint8)
-            for start, moment in zip(starts, host._views, strict=True):
-                image[start : start + nbytes] = moment.view(np.uint8)
+            for start, moment in zip(starts, host._views, strict=False):
+                image[start : start + moment.nbytes] = moment.view(np.uint8)
             memory = kernels.to_device(image, like.device, stream)
         else:
             memory = kernels.zeros(total, like.device, stream)
-            if names[-1] == "param_ema":
-                last = kernels.address(memory) + starts[-1]
-                kernels.copy(last, like.pointer, nbytes, like.device, stream)
 
         def buffer(start: int, size: int, dtype: Any) -> DeviceBuffer:
             address = kernels.address(memory) + start
@@ -148,9 +159,17 @@ class State:
         state = cls(step=host._step)
         state._names, state._kernels = names, kernels
         state._block = buffer(0, total, np.uint8)
-        state._arrays = tuple(buffer(start, like.size, like.dtype) for start in starts)
-        state._views = tuple(memory[start : start + nbytes].view(like.dtype) for start in starts)
-        state._layout = state._arrays[0]
+        arrays = [buffer(start, like.size, dtype) for start, dtype in zip(starts, dtypes, strict=True)]
+        for name, array in list(zip(names, arrays, strict=True))[len(host._views) :]:
+            if name in {"param_ema", MASTERS["float32"]}:
+                _start_from(kernels, array, like)
+        state._views = tuple(
+            memory[start : start + length].view(dtype)
+            for start, length, dtype in zip(starts, lengths, dtypes, strict=True)
+        )
+        state._master = None if master is None else arrays.pop()
+        state._arrays = tuple(arrays)
+        state._layout = buffer(0, like.size, math)
         return state
 
     @classmethod
@@ -176,10 +195,8 @@ class State:
             What it starts from: a state with these moments, or with none.
         """
         math = formats.math_of(params.dtype)
-        dtypes = [formats.stored_as(name, kind, math) for name, kind in zip(names, stored, strict=True)]
-        if master is not None:
-            names, dtypes = (*names, master), [*dtypes, np.dtype(_MASTER_DTYPES[master])]
-        state = cls(names, params.size, math, host._step, tuple(dtypes))
+        names, dtypes = kept(names, stored, master, math)
+        state = cls(names, params.size, math, host._step, dtypes)
         for mine, theirs in zip(state._views, host._views, strict=False):
             mine[:] = theirs
         for mine, theirs in zip(state._scales, host._scales, strict=False):
@@ -259,18 +276,17 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
-        kernels, arrays = self._kernels, self._arrays
+        kernels = self._kernels
         if kernels is None:
-            as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
-            copies = [
-                view.view(as_codes.get(self._kind_of(name), view.dtype)).copy()
-                for name, view in zip(self._names, self._views, strict=True)
-            ]
+            copies = [view.copy() for view in self._views]
         else:
-            copies = [
-                kernels.to_host(view, cast("DeviceBuffer", array).device)
-                for view, array in zip(self._views, arrays, strict=True)
-            ]
+            device = cast("DeviceBuffer", self._block).device
+            copies = [kernels.to_host(view, device) for view in self._views]
+        as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
+        copies = [
+            copy.view(as_codes.get(self._kind_of(name), copy.dtype))
+            for name, copy in zip(self._names, copies, strict=True)
+        ]
         names = [name + loading.SCALES for name in self._names]
         scales = {
             name: of_state.copy()
@@ -381,6 +397,25 @@ def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
 def plain(number: Any) -> Any:
     """Undo what ``numpy.savez`` does to numbers: a 0-d array is a scalar, a 1-d array a list."""
     return number.tolist() if isinstance(number, (np.ndarray, np.generic)) else number
+
+
+def kept(
+    names: tuple[str, ...], stored: tuple[str, ...], master: str | None, math: np.dtype[Any]
+) -> tuple[tuple[str, ...], tuple[np.dtype[Any], ...]]:
+    """Return the names of states and of a master, and how each is stored."""
+    dtypes = tuple(formats.stored_as(*pair, math) for pair in zip(names, stored, strict=True))
+    if master is None:
+        return names, dtypes
+    return (*names, master), (*dtypes, np.dtype(_MASTER_DTYPES[master]))
+
+
+def _start_from(kernels: Cuda, array: DeviceBuffer, params: DeviceBuffer) -> None:
+    """Queue that what is kept of parameters begins with them."""
+    if array.dtype == params.dtype:
+        nbytes = params.size * params.dtype.itemsize
+        kernels.copy(array.pointer, params.pointer, nbytes, params.device, params.stream or 0)
+    else:
+        kernels.widen(array, params)
 
 
 def _exchange(one: buffers.Array, other: buffers.Array) -> None:

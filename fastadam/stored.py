@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fastadam import buffers, formats, precision
 from fastadam.buffers import Array, Buffer
 from fastadam.hyperparameters import Coefficients, Hyperparameters
@@ -15,30 +17,27 @@ from fastadam.segments import Segment, Segments
 from fastadam.state import MASTERS, State
 
 
-def require_possible(h: Hyperparameters, params: Array) -> None:
+def require_possible(h: Hyperparameters, dtype: np.dtype[Any], *, on_device: bool = False) -> None:
     """Raise ValueError unless parameters of a dtype can be kept as the hyperparameters say."""
-    if h.master_params is None and (h.state_dtype == "float32" or params.dtype != formats.FLOAT64):
+    if on_device and "8bit" in precision.pair(h.state_dtype):
+        raise ValueError(f"state_dtype must not be '8bit' on a GPU, for now; got {h.state_dtype!r}.")
+    if h.master_params is None and (h.state_dtype == "float32" or dtype != formats.FLOAT64):
         return
-    kind = formats.name_of(params.dtype)
-    if params.dtype == formats.FLOAT64 and h.state_dtype != "float32":
+    kind = formats.name_of(dtype)
+    if dtype == formats.FLOAT64 and h.state_dtype != "float32":
         raise ValueError(
             f"state_dtype must be 'float32', the default, for float64 parameters; got {h.state_dtype!r}."
         )
-    if h.master_params is not None and params.dtype in formats.FLOATS:
+    if h.master_params is not None and dtype in formats.FLOATS:
         raise ValueError(f"master_params must be None for {kind} parameters; got {h.master_params!r}.")
-    if h.master_params == "split" and params.dtype != formats.BFLOAT16:
+    if h.master_params == "split" and dtype != formats.BFLOAT16:
         raise ValueError(f"master_params must be None or 'float32' for {kind} parameters; got 'split'.")
 
 
-def require_plain(h: Hyperparameters, out: object) -> None:
-    """Raise ValueError if anything but plain buffers is asked for on a GPU."""
-    for name, value, plain in (
-        ("out", None if out is None else type(out).__name__, None),
-        ("state_dtype", h.state_dtype, "float32"),
-        ("master_params", h.master_params, None),
-    ):
-        if value != plain:
-            raise ValueError(f"{name} must be {plain!r} on a GPU, for now; got {value!r}.")
+def rounds_at_random(h: Hyperparameters, dtype: np.dtype[Any]) -> bool:
+    """Return whether a step of parameters of a dtype rounds anything at random."""
+    rounds = (dtype not in formats.FLOATS and h.master_params is None) or h.state_dtype != "float32"
+    return rounds and h.rounding == "stochastic"
 
 
 def master_of(h: Hyperparameters) -> str | None:
@@ -56,6 +55,12 @@ def copy_of_params(out: object, params: Array, grads: Array, state: State) -> Ar
     """
     buffer = buffers.flat(out, "out", writable=True)
     buffers.require_in_cpu_memory("out", buffer)
+    require_copy(buffer, params, grads, state)
+    return buffer  # type: ignore[return-value]
+
+
+def require_copy(buffer: Buffer, params: Buffer, grads: Buffer, state: State) -> None:
+    """Raise TypeError or ValueError if a buffer in the memory of the parameters cannot be a copy of them."""
     if params.dtype == formats.FLOAT64:
         kind = formats.name_of(buffer.dtype)
         raise TypeError(f"out must be None for float64 parameters; got a {kind} buffer.")
@@ -64,7 +69,6 @@ def copy_of_params(out: object, params: Array, grads: Array, state: State) -> Ar
     buffers.require_same_size("out", buffer, "flat_params", params)
     for name, other in (("flat_params", params), ("flat_grads", grads), ("the state", state._block)):
         buffers.require_disjoint("out", buffer, name, other)
-    return buffer  # type: ignore[return-value]
 
 
 def warmup(
@@ -84,10 +88,8 @@ def storage_of(
 ) -> tuple[Storage, tuple[object, ...]]:
     """Return how a step of checked buffers stores them, and what a loop is compiled for because of it."""
     copy = None if out is None else copy_of_params(out, params, grads, state)  # type: ignore[arg-type]
-    require_possible(h, params)
-    rounds = (params.dtype not in formats.FLOATS and state._master is None) or h.state_dtype != "float32"
-    draw = rounding(h.seed, step, h.offset) if rounds and h.rounding == "stochastic" else None
-    scales = state._scales if any(scale.dtype for scale in state._scales) else None
-    storage = Storage(draw, state._master, copy, scales)
+    require_possible(h, params.dtype)
+    draw = rounding(h.seed, step, h.offset) if rounds_at_random(h, params.dtype) else None
+    storage = Storage(draw, state._master, copy, state._scales or None)
     kinds = tuple(None if array is None else array.dtype for array in (params, grads, state._master, copy))
     return storage, (*kinds, draw is None)

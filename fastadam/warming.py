@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fastadam import backends, buffers, formats, stored
+from fastadam import backends, buffers, device_stored, formats, stored
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients
 from fastadam.optimizer import FusedAdam
@@ -49,9 +49,8 @@ def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: 
     types = c.scaled_types if scaled else c.types
     update = c.update(1, grad_scale=1.0 if scaled else None)
     if name != "cpu":
-        stored.require_plain(h, None)
-        if c.dtype != params.dtype:
-            raise TypeError(f"dtype must be float32 or float64 on a GPU, for now; got {np.dtype(dtype)}.")
+        stored.require_possible(h, params.dtype, on_device=True)
+        types = types._replace(stored=device_stored.types_of(h, params.dtype))
         if opt.segments or opt.telemetry:
             decay = Rows(Segments(opt.segments), h, c).decay
             entry = "step_units_observed" if opt.telemetry else "step_units"
@@ -59,7 +58,7 @@ def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: 
         else:
             kernels.warmup(types, "step_captured" if opt.capturable or c.reads_gradients_first else "step")
     elif not h.stores_plainly or c.dtype != params.dtype:
-        stored.require_possible(h, params)
+        stored.require_possible(h, params.dtype)
         stored.warmup(h, params, c, update, opt.segments)
         if c.reads_gradients_first:
             kernels.prepare_measure(params.dtype)

@@ -1,12 +1,14 @@
 // What is decided on the device before a step: the pass over all gradients, and the coefficients of the step.
-// kernels/cuda_source.py puts kernels/tree.cu before it.
+// kernels/cuda_source.py puts kernels/tree.cu and how gradients are stored (Grad) before it.
 //
 // Memory traffic of `measure` in float32: reads 4 n bytes, writes 16 bytes for 2,048 elements.
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-measure(const Real* grads, long long size, Sums* sums) {
+measure(const Grad* grads, long long size, Sums* sums) {
     __shared__ Sums lanes[1][THREADS];
-    sum_chunks(lanes, Even{size}, blockIdx.x, gridDim.x, sums, [&](long long i) { return of_gradient(grads[i]); });
+    sum_chunks(lanes, Even{size}, blockIdx.x, gridDim.x, sums, [&](long long i) {
+        return of_gradient(decoded(grads[i]));
+    });
 }
 
 // --- The coefficients of the next step -----------------------------------------------------------------------
@@ -74,12 +76,28 @@ decide(Sums* sums, long long left, long long clips, double max_norm, long long s
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-accumulate(Real* total, Real* grads, long long size, long long clear) {
+accumulate(Real* total, Grad* grads, long long size, long long clear) {
     const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
     for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += threads) {
-        total[i] = total[i] + grads[i];
-        if (clear) grads[i] = Real{};
+        total[i] = total[i] + decoded(grads[i]);
+        if (clear) grads[i] = Grad{};
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+widen(Real* to, const Grad* from, long long size) {
+    const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += threads)
+        to[i] = decoded(from[i]);
+}
+
+// The keys of stochastic rounding in the next step, as fastadam/rounding.py forms them. One thread.
+extern "C" __global__ void form_keys(long long* keys, const long long* step, long long seed, long long first) {
+    unsigned long long bits = static_cast<unsigned long long>(seed) ^ static_cast<unsigned long long>(*step + 1);
+    bits += 0x9E3779B97F4A7C15;
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9;
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB;
+    keys[0] = static_cast<long long>(bits ^ bits >> 31), keys[1] = first;
 }
 
 extern "C" __global__ void set_lr(double* lrs, double value) { *lrs = value; }

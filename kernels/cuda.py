@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import grids, rules
+from .device_storage import DeviceStorage, StoredTypes
 
 Array: TypeAlias = Any
 """An array of the library in device memory."""
@@ -44,9 +45,9 @@ class DeviceBuffer(NamedTuple):
 
 
 class KernelTypes(NamedTuple):
-    """What a kernel is compiled for: the dtype, and the types of the parts of :class:`rules.Update`."""
+    """What a kernel is compiled for: dtypes, and the types of the parts of :class:`rules.Update`."""
 
-    dtype: np.dtype[Any]
+    dtype: np.dtype[Any]  # of the arithmetic
     n_states: int
     conditioning: type
     direction: type
@@ -54,6 +55,7 @@ class KernelTypes(NamedTuple):
     rule: type
     average: type
     clear: type
+    stored: StoredTypes | None = None  # where not all buffers are of that dtype
 
     @classmethod
     def of(
@@ -64,14 +66,24 @@ class KernelTypes(NamedTuple):
         return cls(dtype, n_states, conditioning, direction, decay, rule, average, type(clear))
 
     @classmethod
-    def without_rule(cls, dtype: np.dtype[Any]) -> KernelTypes:
-        """Return the types for kernels that know no rule: one for all rules of a dtype."""
-        return cls(dtype, 0, *[type(None)] * 6)
+    def without_rule(cls, dtype: np.dtype[Any], grads: np.dtype[Any] | None = None) -> KernelTypes:
+        """Return the types for kernels that know no rule: one for all rules of a dtype.
+
+        ``grads`` is how the buffer is stored that they read, gradients mostly, if not in ``dtype``.
+        """
+        stored = None if grads is None or grads == dtype else StoredTypes(dtype, grads)
+        no = type(None)
+        return cls(dtype, 0, no, no, no, no, no, no, stored)
 
     @property
     def of_clock(self) -> KernelTypes:
         """The types for the kernels of its clock."""
         return self.without_rule(self.dtype)
+
+    @property
+    def grads(self) -> np.dtype[Any]:
+        """How the gradients are stored."""
+        return self.dtype if self.stored is None else self.stored.grads
 
     @property
     def parts(self) -> tuple[type, ...]:
@@ -84,8 +96,11 @@ class KernelTypes(NamedTuple):
         return tuple(field for part in self.parts for field in getattr(part, "_fields", ()))
 
 
-CLOCK_ENTRIES = ("form_coefficients", "set_lr", "measure", "decide", "accumulate")
+CLOCK_ENTRIES = ("form_coefficients", "form_keys", "set_lr", "measure", "decide", "accumulate", "widen")
 """The kernels that know no rule."""
+
+GRAD_ENTRIES = ("measure", "accumulate", "widen", "measure_units", "clear_units")
+"""Those of these and of ``UNIT_ENTRIES`` that are compiled for how gradients are stored."""
 
 UNIT_STEPS = ("step_units", "step_units_observed")
 """The steps over units."""
@@ -124,17 +139,22 @@ class Cuda(ABC):
         states: Sequence[DeviceBuffer],
         c: rules.Update,
         clear: rules.Clear | None = None,
+        storage: DeviceStorage | None = None,
     ) -> Callable[[], None]:
         """Return the call that queues one step of ``params`` and ``states``, in place, on ``params.stream``.
 
-        With ``clear`` it sets ``grads`` to zero. The buffers are of one size, dtype and device, aligned to
-        their elements, and do not overlap: the caller checks. Memory traffic as on the CPU; nothing is
-        allocated.
+        With ``clear`` it sets ``grads`` to zero. The buffers are of one size and device, of one dtype or as
+        ``storage`` says, aligned to their elements, and do not overlap: the caller checks. Memory traffic as
+        on the CPU; nothing is allocated.
         """
-        types = KernelTypes.of(params.dtype, len(states), c, clear)
+        dtype = params.dtype if storage is None else grids.MATH
+        types = KernelTypes.of(dtype, len(states), c, clear)
+        if storage is not None:
+            types = types._replace(stored=storage.types)
         kernel = self.kernel("step", types, params.device)
         coefficients = tuple(value for part in c if part for value in part)
-        return partial(self._queue, kernel, params, grads, states, coefficients, None)
+        keys = () if storage is None else storage.keys or ()
+        return partial(self._queue, kernel, params, grads, states, keys, coefficients, storage, None)
 
     def plan_on_clock(
         self,
@@ -143,18 +163,25 @@ class Cuda(ABC):
         states: Sequence[DeviceBuffer],
         clock: Any,
         look: Look,
+        storage: DeviceStorage | None = None,
     ) -> Callable[[], None]:
         """Return what :meth:`plan` does, with coefficients that a clock forms on the device.
 
         ``clock`` is a :class:`fastadam.kernels.cuda_clock.Clock`. A CUDA graph may capture what is queued.
         """
-        prepare = clock.plan(grads, look, params.stream or 0)
+        seed = None if storage is None else storage.seed
+        prepare = clock.plan(grads, look, params.stream or 0, seed)
+        keys = () if seed is None else (clock.keys,)
+        stored = None if storage is None else storage.types
         if clock.units is None:
-            kernel = self.kernel("step_captured", clock.types, params.device)
-            return partial(self._queue, kernel, params, grads, states, clock.arguments, prepare)
+            kernel = self.kernel("step_captured", clock.types._replace(stored=stored), params.device)
+            arguments = (kernel, params, grads, states, keys, clock.arguments, storage, prepare)
+            return partial(self._queue, *arguments)
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
-        launches = [clock.units.step(pointers, clock.arguments)]
-        return partial(self._queue_launches, launches, params, grads, prepare)
+        if storage is not None:
+            pointers += (*storage.pointers, *keys)
+        launches = [clock.units.step(pointers, clock.arguments, stored)]
+        return partial(self._queue_launches, launches, params, grads, prepare, storage)
 
     def plan_report(self, params: DeviceBuffer, clock: Any) -> Callable[[], None]:
         """Return the call that queues, behind the step that is planned, the report of what it saw."""
@@ -164,7 +191,8 @@ class Cuda(ABC):
         """Compile, or load from the disk cache, a step and what is around it, for the current device."""
         self.kernel(step, types, self.current_device())
         for entry in (() if step == "step" else CLOCK_ENTRIES) + (UNIT_ENTRIES if step in UNIT_STEPS else ()):
-            self.kernel(entry, types.of_clock, self.current_device())
+            grads = types.grads if entry in GRAD_ENTRIES else None
+            self.kernel(entry, types.without_rule(types.dtype, grads), self.current_device())
 
     def _queue(
         self,
@@ -172,15 +200,24 @@ class Cuda(ABC):
         params: DeviceBuffer,
         grads: DeviceBuffer,
         states: Sequence[DeviceBuffer],
+        keys: tuple[int, ...],
         coefficients: tuple[Any, ...],
+        storage: DeviceStorage | None,
         prepare: Callable[[], None] | None,
     ) -> None:
         size, itemsize = params.size, params.dtype.itemsize
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
-        head, packs = grids.packs(pointers, itemsize, size)
+        places = pointers
+        if storage is not None:
+            pointers += storage.pointers
+            stored = [buffer for buffer in (storage.master, storage.out) if buffer is not None]
+            widths = [buffer.dtype.itemsize for buffer in (params, grads, *states, *stored)]
+            itemsize = grids.MATH.itemsize
+            places = grids.as_of(itemsize, pointers, widths)
+        head, packs = grids.packs(places, itemsize, size)
         blocks = grids.blocks(size, packs, itemsize, self.resident_threads(params.device))
-        arguments = (*pointers, size, head, packs, *coefficients)
-        self._queue_launches([(kernel, blocks, grids.BLOCK, arguments)], params, grads, prepare)
+        arguments = (*pointers, *keys, size, head, packs, *coefficients)
+        self._queue_launches([(kernel, blocks, grids.BLOCK, arguments)], params, grads, prepare, storage)
 
     def _queue_launches(
         self,
@@ -188,6 +225,7 @@ class Cuda(ABC):
         params: DeviceBuffer,
         grads: DeviceBuffer,
         prepare: Callable[[], None] | None,
+        storage: DeviceStorage | None = None,
     ) -> None:
         device, stream = params.device, params.stream or 0
 
@@ -197,19 +235,31 @@ class Cuda(ABC):
             for kernel, blocks, threads, arguments in launches:
                 self.launch(kernel, blocks, threads, arguments, device, stream)
 
-        self.queue_between(stream, stream if grads.stream is None else grads.stream, device, queue)
+        work: Callable[[], None] = queue
+        if storage is not None and storage.out is not None:
+            other = stream if storage.out.stream is None else storage.out.stream
+            work = partial(self.queue_between, stream, other, device, queue)
+        self.queue_between(stream, stream if grads.stream is None else grads.stream, device, work)
 
     def accumulate(self, total: DeviceBuffer, grads: DeviceBuffer, *, clear: bool) -> None:
         """Queue on the stream of ``grads``: add them to ``total``, and set them to zero with ``clear``.
 
         In order with what the stream of ``total`` holds.
         """
-        kernel = self.kernel("accumulate", KernelTypes.without_rule(total.dtype), total.device)
+        types = KernelTypes.without_rule(total.dtype, grads.dtype)
+        kernel = self.kernel("accumulate", types, total.device)
         blocks = grids.blocks(total.size, 0, total.dtype.itemsize, self.resident_threads(total.device))
         arguments = (total.pointer, grads.pointer, total.size, int(clear))
         stream, device = grads.stream or 0, total.device
         launch = partial(self.launch, kernel, blocks, grids.BLOCK, arguments, device, stream)
         self.queue_between(stream, total.stream or 0, device, launch)
+
+    def widen(self, to: DeviceBuffer, source: DeviceBuffer) -> None:
+        """Queue on the stream of ``source``: write its numbers, of any storage, to a buffer of another."""
+        kernel = self.kernel("widen", KernelTypes.without_rule(to.dtype, source.dtype), to.device)
+        blocks = grids.blocks(to.size, 0, to.dtype.itemsize, self.resident_threads(to.device))
+        arguments = (to.pointer, source.pointer, to.size)
+        self.launch(kernel, blocks, grids.BLOCK, arguments, to.device, source.stream or 0)
 
     def swap(self, one: DeviceBuffer, other: DeviceBuffer) -> None:
         """Queue the exchange of the contents of two buffers on the stream of the first, block by block."""

@@ -81,7 +81,7 @@ class Clock:
     ) -> None:
         spare = np.zeros(1, types.dtype)  # where a kernel puts what this rule does not have
         parts = [
-            np.array([step, 0], np.int64),  # the counter, and whether the step is skipped
+            np.array([step, 0, 0, 0], np.int64),  # the counter, whether the step is skipped, and its keys
             corrections1,
             inverse_corrections2,
             np.zeros(REPORTS * len(Report._fields)),
@@ -97,6 +97,7 @@ class Clock:
             address + sum(sizes[:k]) for k in range(len(sizes))
         )
         at_skip = at_step + 8
+        self.keys = at_skip + 8  # of stochastic rounding: random bits, and the index of element 0
         self.arguments = (at_coefficients, at_step, at_skip)  # of the kernel of a step
         self._reports_from = sum(sizes[:3])
 
@@ -105,22 +106,30 @@ class Clock:
         tables = (first, corrections1.size, second, inverse_corrections2.size)
         self._before_lrs = (at_step,)
         self._after_lrs = (weight_decay, *tables, at_coefficients, *places, at_skip)
-        self._kernels: dict[str, Any] = {}
+        self._kernels: dict[tuple[str, Any], Any] = {}
         self._kernel("form_coefficients")
         self._scratch: Any = None
         self._scratch_bytes = 0
         self.attempts = 0  # steps queued
         self.is_captured = False  # a CUDA graph has its addresses
+        self.stored: set[Any] = set()  # the storage of steps for which kernels are loaded
         self.looked = [False] * REPORTS  # of each report: whether gradients were read before
         self.set_lrs(lrs, step, stream)
 
-    def _kernel(self, entry: str) -> Any:
-        if entry not in self._kernels:
-            self._kernels[entry] = self.backend.kernel(entry, self.types.of_clock, self.device)
-        return self._kernels[entry]
+    def _kernel(self, entry: str, grads: np.dtype[Any] | None = None) -> Any:
+        key = (entry, grads)
+        if key not in self._kernels:
+            types = self.types.without_rule(self.types.dtype, grads)
+            self._kernels[key] = self.backend.kernel(entry, types, self.device)
+        return self._kernels[key]
 
-    def plan(self, grads: DeviceBuffer, look: Look, stream: int) -> Callable[[], None]:
-        """Return the call that queues: look at the gradients, if need be, and form the next coefficients."""
+    def plan(
+        self, grads: DeviceBuffer, look: Look, stream: int, seed: tuple[int, int] | None = None
+    ) -> Callable[[], None]:
+        """Return the call that queues: look at the gradients, if need be, and form the next coefficients.
+
+        With ``seed``, a mixed seed and the index of element 0, the keys of stochastic rounding, too.
+        """
         scale: tuple[Any, ...] = (look.grad_scale, 0, 0, 0)
         if look.scale_there is not None:
             place = look.scale_there.pointer
@@ -133,10 +142,12 @@ class Clock:
             clips, limit = look.max_grad_norm is not None, look.max_grad_norm or 0.0
             decide = (sums, left, int(clips), limit, int(look.skips), *form)
             launches.append((self._kernel("decide"), 1, grids.BLOCK, decide))
+        if seed is not None:
+            launches.append((self._kernel("form_keys"), 1, 1, (self.keys, *self._before_lrs, *seed)))
         if self.units is not None:
             launches.append(self.units.form(*self._before_lrs, self._lr_arguments))
             if look.clears_all:
-                launches += self.units.clear_gaps(grads.pointer)
+                launches += self.units.clear_gaps(grads.pointer, grads.dtype)
         return partial(self._queue, launches, look, stream)
 
     def conclude(self) -> list[Launch]:
@@ -151,12 +162,12 @@ class Clock:
     def _measure(self, grads: DeviceBuffer, stream: int) -> tuple[list[Launch], int, int]:
         """Return the pass over the gradients, where its sums lie, and how many they are."""
         if self.units is not None:
-            return self.units.measure(grads.pointer)
+            return self.units.measure(grads.pointer, grads.dtype)
         chunks = -(-grads.size // CHUNK)
         sums = self._have_scratch(chunks, stream)
         blocks = grids.tree_blocks(chunks, self.backend.resident_threads(self.device))
         arguments = (grads.pointer, grads.size, sums)
-        return [(self._kernel("measure"), blocks, grids.BLOCK, arguments)], sums, chunks
+        return [(self._kernel("measure", grads.dtype), blocks, grids.BLOCK, arguments)], sums, chunks
 
     def _queue(self, launches: list[Launch], look: Look, stream: int) -> None:
         self.stream = stream

@@ -12,6 +12,7 @@ from numba import cuda, float64
 
 from . import rules
 from .grids import BLOCK
+from .storage import load
 from .tree import CHUNK, LANES
 
 _WARPS = BLOCK // LANES
@@ -44,7 +45,7 @@ def measure(grads: Any, size: int, sums: Any) -> None:
             stop = min(chunk * CHUNK + CHUNK, size)
             i = chunk * CHUNK + lane
             while i < stop:
-                value = np.float64(grads[i])
+                value = np.float64(load(grads, i))
                 total += value * value
                 if value - value != 0:
                     count += 1.0
@@ -191,10 +192,27 @@ def accumulate(total: Any, grads: Any, size: int, clear: int) -> None:
     """Add gradients to their sum, and set them to zero with ``clear``."""
     i = cuda.grid(1)
     while i < size:
-        total[i] += grads[i]
+        total[i] += load(grads, i)
         if clear != 0:
             grads[i] = 0
         i += cuda.gridsize(1)
+
+
+def widen(to: Any, source: Any, size: int) -> None:
+    """Write numbers of any storage as those of the arithmetic."""
+    i = cuda.grid(1)
+    while i < size:
+        to[i] = load(source, i)
+        i += cuda.gridsize(1)
+
+
+def form_keys(keys: Any, step: Any, seed: int, first: int) -> None:
+    """Form the keys of stochastic rounding in the next step, as :mod:`fastadam.rounding`; one thread."""
+    bits = np.uint64(seed) ^ np.uint64(step[0] + 1)
+    bits += np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys[0], keys[1] = np.int64(bits ^ (bits >> np.uint64(31))), first
 
 
 def set_lr(lrs: Any, value: float) -> None:

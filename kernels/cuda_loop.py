@@ -151,19 +151,19 @@ def make_part(kind: type, start: int, stop: int) -> Any:
     return cuda.jit(device=True)(part)
 
 
-def _make_update(kinds: KernelTypes) -> Any:
+def make_update(kinds: KernelTypes) -> Any:
     """Return the device function: all coefficients -> :class:`rules.Update`."""
     stops = list(accumulate(len(getattr(kind, "_fields", ())) for kind in kinds.parts))
     starts = [0, *stops[:-1]]
     conditioning, direction, decay, rule, average = map(make_part, kinds.parts, starts, stops)
 
     @cuda.jit(device=True)
-    def make_update(values: Any) -> Any:
+    def update_of(values: Any) -> Any:
         return rules.Update(
             conditioning(values), direction(values), decay(values), rule(values), average(values)
         )
 
-    return make_update
+    return update_of
 
 
 def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
@@ -176,13 +176,13 @@ def make_step(kinds: KernelTypes, *, captured: bool) -> Callable[..., None]:
     lanes = PACK // kinds.dtype.itemsize
     places = tuple(range(len(kinds.coefficients)))
     clear = None if kinds.clear is type(None) else True
-    make_update = _make_update(kinds)
+    update_of = make_update(kinds)
 
     @cuda.jit(device=True)
     def step_elements(
         params: Any, grads: Any, states: Any, size: int, head: int, packs: int, values: Any
     ) -> None:
-        c = make_update(values)
+        c = update_of(values)
         read = (params, grads, *states)
         written = (params, *states) if clear is None else read
 

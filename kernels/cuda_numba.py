@@ -20,7 +20,7 @@ from cuda import pathfinder
 from cuda.bindings import driver, nvjitlink
 from numba import cuda, types
 
-from . import cubins, cuda_decide, cuda_loop, cuda_units_decide, cuda_units_loop
+from . import cubins, cuda_decide, cuda_loop, cuda_stored_loop, cuda_units_decide, cuda_units_loop
 from .compiling import digest
 from .cuda import (
     CLOCK_ENTRIES,
@@ -33,6 +33,7 @@ from .cuda import (
     Kernel,
     KernelTypes,
 )
+from .device_storage import StoredTypes
 
 _LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
 
@@ -58,22 +59,27 @@ _TABLES = (_DOUBLES, _INTEGER, _DOUBLES, _INTEGER)
 def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     number = types.float32 if kinds.dtype == np.float32 else types.float64
     pointer = types.CPointer(number)
+    grads = _pointer_to(kinds.grads)
     form = (*_SCALE, _INTEGERS, *_LRS, _DOUBLE, *_TABLES, pointer, *[_INTEGER] * 5, _INTEGERS, _DOUBLES)
     without_rule = {
         "set_lr": (_DOUBLES, _DOUBLE),
-        "accumulate": (pointer, pointer, _INTEGER, _INTEGER),
-        "measure": (pointer, _INTEGER, _DOUBLES),
+        "accumulate": (pointer, grads, _INTEGER, _INTEGER),
+        "widen": (pointer, grads, _INTEGER),
+        "form_keys": (_INTEGERS, _INTEGERS, _INTEGER, _INTEGER),
+        "measure": (grads, _INTEGER, _DOUBLES),
         "form_coefficients": form,
         "decide": (_DOUBLES, _INTEGER, _INTEGER, _DOUBLE, _INTEGER, *form),
-        "measure_units": (pointer, _INTEGERS, _INTEGER, _DOUBLES),
+        "measure_units": (grads, _INTEGERS, _INTEGER, _DOUBLES),
         "sum_groups": (_DOUBLES, _INTEGERS, _INTEGER, _DOUBLES, _INTEGER, _INTEGER),
         "form_rows": (pointer, _INTEGER, _INTEGERS, _DOUBLES, _DOUBLES, _INTEGER, _INTEGERS, *_LRS),
         "conclude": (_DOUBLES, _INTEGER, _INTEGER, _INTEGERS, _DOUBLES),
-        "clear_units": (pointer, _INTEGERS, _INTEGER),
+        "clear_units": (grads, _INTEGERS, _INTEGER),
     }
     if entry in without_rule:
         return without_rule[entry]
-    buffers = (pointer, pointer, types.UniTuple(pointer, kinds.n_states))
+    buffers: tuple[Any, ...] = (pointer, pointer, types.UniTuple(pointer, kinds.n_states))
+    if kinds.stored is not None:
+        buffers = _stored_buffers(entry, kinds.stored)
     decided = (pointer, _INTEGERS, _INTEGERS)
     if entry in UNIT_STEPS:
         tables = (_INTEGERS, _INTEGERS, _INTEGER, pointer)
@@ -85,6 +91,22 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     return (*buffers, *layout, types.UniTuple(number, len(kinds.coefficients)))
 
 
+def _pointer_to(dtype: np.dtype[Any]) -> Any:
+    return types.CPointer(numba.from_dtype(dtype))
+
+
+def _stored_buffers(entry: str, stored: StoredTypes) -> tuple[Any, ...]:
+    """Return the types of buffers, and of the keys of stochastic rounding."""
+    kept = [*stored.states, *(dtype for dtype in (stored.master, stored.out) if dtype is not None)]
+    params, grads, *others = map(_pointer_to, (stored.params, stored.grads, *kept))
+    keys = (_INTEGERS,) * stored.rounds
+    if entry in UNIT_STEPS:
+        return params, grads, types.Tuple((*others, *keys))
+    if entry == "step":
+        keys = (_INTEGER,) * (2 * stored.rounds)
+    return types.Tuple((params, grads, *others)), types.Tuple(keys)
+
+
 def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
     if entry in CLOCK_ENTRIES + UNIT_ENTRIES:
         module = cuda_decide if entry in CLOCK_ENTRIES else cuda_units_decide
@@ -92,7 +114,8 @@ def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
         return function
     if entry in UNIT_STEPS:
         return cuda_units_loop.make_step_units(kinds, observed=entry == "step_units_observed")
-    return cuda_loop.make_step(kinds, captured=entry == "step_captured")
+    make = cuda_loop.make_step if kinds.stored is None else cuda_stored_loop.make_step_stored
+    return make(kinds, captured=entry == "step_captured")
 
 
 def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], *options: str) -> bytes:

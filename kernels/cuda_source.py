@@ -6,7 +6,8 @@ itself: a captured CUDA graph replays both. ``measure`` is the pass over all gra
 ``set_lr`` changes the learning rate, in stream order.
 
 Where there are units, a step is ``step_units``, or ``step_units_observed``, which has sums of what it sees;
-what surrounds it is in ``kernels/rows.cu``.
+what surrounds it is in ``kernels/rows.cu``. A step of other storage than the dtype of the arithmetic is in
+``kernels/stored.cu``, and begins with what :mod:`fastadam.kernels.cuda_stored_source` writes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from . import grids, rules
+from . import cuda_stored_source, grids, rules
 from .cuda import KernelTypes
 from .translation import Function, translate
 from .tree import CHUNK, LANES
@@ -41,7 +42,10 @@ def source(types: KernelTypes, *, units: bool = False) -> str:
     parts = [_TYPES[types.dtype.name], _read("step.cu")]
     if units or not types.n_states:
         parts += [_sizes(), _read("tree.cu")]
+    if types.stored is not None:
+        parts += [cuda_stored_source.hash_constants(), _read("formats.cu")]
     if not types.n_states:
+        parts.append(f"using Grad = {cuda_stored_source.name_of(types.grads)};")
         formed = (rules.step_size, rules.lr_times_weight_decay, rules.clip_factor)
         schedule = [translate(function, {}) for function in formed]
         if units:
@@ -57,11 +61,12 @@ def source(types: KernelTypes, *, units: bool = False) -> str:
         rules.split: {},
         rules.join: {},
     }
-    equation = translate(rules.update, choices)
+    parts.append(translate(rules.update, choices))
     if units:
-        seen = translate(rules.vanishes, {})
-        return "\n\n".join([*parts, equation, seen, _read("units.cu"), _unit_steps(types)])
-    return "\n\n".join([*parts, equation, _steps(types)])
+        parts += [translate(rules.vanishes, {}), _read("units.cu")]
+    if types.stored is not None:
+        parts += [cuda_stored_source.arrays(types), _read("stored.cu")]
+    return "\n\n".join([*parts, _unit_steps(types) if units else _steps(types)])
 
 
 def _sizes() -> str:
@@ -92,12 +97,16 @@ def _braced(types: KernelTypes, values: list[str]) -> list[str]:
 
 
 def _buffers(types: KernelTypes) -> str:
+    if types.stored is not None:
+        return cuda_stored_source.buffers(types)
     moments = ", ".join(f"Real* state{k}" for k in range(types.n_states))
     grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
     return f"Real* params, {grads}, {moments}"
 
 
 def _states(types: KernelTypes) -> str:
+    if types.stored is not None:
+        return cuda_stored_source.together(types)
     return f"Real* const states[] = {{{', '.join(f'state{k}' for k in range(types.n_states))}}};"
 
 
@@ -105,6 +114,8 @@ _COUNT = "if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
 
 
 def _resident(types: KernelTypes) -> int:
+    if types.stored is not None:
+        return grids.RESIDENT_STORED
     return grids.RESIDENT if types.dtype.itemsize == 4 else grids.RESIDENT_WIDE
 
 
@@ -112,29 +123,38 @@ def _kernel(resident: int) -> str:
     return f'extern "C" __global__ void __launch_bounds__({grids.BLOCK}, {resident})'
 
 
+_LOOP = """const auto update_element = [&](Real param, Real grad, auto state) {{
+        return update(param, grad, state, c);
+    }};
+    step_elements(params, grads, states, size, head, packs, {skip}, update_element);"""
+_STORED_LOOP = "step_stored(arrays, size, head, packs, {skip}, rounding, c);"
+_DECIDED = "const Real* coefficients, long long* step, const long long* skip"
+
+
 def _steps(types: KernelTypes) -> str:
     values = [f"c{k}" for k in range(len(types.coefficients))]
     stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
-    buffers = f"{_buffers(types)}, long long size, long long head, long long packs"
+    layout = "long long size, long long head, long long packs"
+    eager, captured = cuda_stored_source.keys(types)
+    loop = _LOOP if types.stored is None else _STORED_LOOP
 
-    def body(skip: str, coefficients: list[str], last: str = "") -> str:
+    def body(skip: str, keys: str, coefficients: list[str], last: str = "") -> str:
         return f"""{{
-    {_states(types)}
+    {_states(types)}{keys}
     const Update c{{{", ".join(_braced(types, coefficients))}}};
-    step_elements(params, grads, states, size, head, packs, {skip}, [&](Real param, Real grad, auto state) {{
-        return update(param, grad, state, c);
-    }});{last}
+    {loop.format(skip=skip)}{last}
 }}"""
 
     passed = ", ".join(f"Real {value}" for value in values)
     return f"""
 {_update(_kinds(types))}
 
-{_kernel(_resident(types))} step({buffers}, {passed}) {body("false", values)}
+{_kernel(_resident(types))}
+step({_buffers(types)}{eager.parameters}, {layout}, {passed}) {body("false", eager.rounding, values)}
 
 {_kernel(_resident(types) - grids.FEWER_CAPTURED)}
-step_captured({buffers}, const Real* coefficients, long long* step, const long long* skip)
-{body("*skip", stored, f"{chr(10)}    {_COUNT}")}
+step_captured({_buffers(types)}{captured.parameters}, {layout}, {_DECIDED})
+{body("*skip", captured.rounding, stored, f"{chr(10)}    {_COUNT}")}
 """
 
 
@@ -146,24 +166,32 @@ def _unit_steps(types: KernelTypes) -> str:
     parts[2] = "{{row[0]}, row[0] == row[0]}" if decays else "{}"
     parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, len(COLUMNS)))}}}"
     tables = "const long long* pieces, const long long* first_piece, long long chunks, const Real* rows"
-    decided = "const Real* coefficients, long long* step, const long long* skip"
+    clears = "false" if types.clear is type(None) else "true"
+    grad = "const Real" if types.clear is type(None) else "Real"
+    elements = f"Elements<{types.n_states}, {grad}>{{params, grads, states}}"
+    keys = cuda_stored_source.keys(types)[1]
+    if types.stored is not None:
+        elements = "StoredElements<decltype(rounding)>{arrays, rounding}"
 
     def kernel(name: str, resident: int, more: str, begin: str, seen: str) -> str:
         return f"""
 {_kernel(resident)}
-{name}({_buffers(types)}, {tables}, {decided}{more}) {{
-    {begin}{_states(types)}
-    step_chunks(params, grads, states, Pieces{{pieces, first_piece, chunks}}, *skip, [&](long long at) {{
+{name}({_buffers(types)}{keys.parameters}, {tables}, {_DECIDED}{more}) {{
+    {begin}{_states(types)}{keys.rounding}
+    step_chunks<{clears}>({elements}, Pieces{{pieces, first_piece, chunks}}, *skip, [&](long long at) {{
         const Real* const row = rows + COLUMNS * at;
         return Update{{{", ".join(parts)}}};
     }}, {seen});
     {_COUNT}
 }}"""
 
+    plain = kernel("step_units", _resident(types) - grids.FEWER_CAPTURED, "", "", "Unobserved{}")
+    if types.stored is not None:
+        return "\n".join([_update(kinds), plain])
     return "\n".join(
         [
             _update(kinds),
-            kernel("step_units", _resident(types) - grids.FEWER_CAPTURED, "", "", "Unobserved{}"),
+            plain,
             kernel(
                 "step_units_observed",
                 _resident(types) - grids.FEWER_OBSERVED,

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import grids
 from .cuda import Cuda, KernelTypes
+from .device_storage import StoredTypes
 from .run_chunks import RunChunks
 from .tree import CHUNK
 from .units import Integers, RowTables, Units
@@ -84,12 +85,14 @@ class DeviceUnits:
         """The kernel of a step."""
         return "step_units_observed" if self.observed else "step_units"
 
-    def _kernel(self, entry: str) -> Any:
-        types = self._types if entry == self.step_entry else self._types.of_clock
+    def _kernel(self, entry: str, grads: np.dtype[Any] | None = None) -> Any:
+        types = self._types.without_rule(self._types.dtype, grads)
         return self._backend.kernel(entry, types, self._device)
 
-    def _over_chunks(self, entry: str, chunks: int, arguments: tuple[Any, ...]) -> Launch:
-        return self._kernel(entry), grids.tree_blocks(chunks, self._resident), grids.BLOCK, arguments
+    def _over_chunks(
+        self, entry: str, chunks: int, arguments: tuple[Any, ...], grads: np.dtype[Any] | None = None
+    ) -> Launch:
+        return self._kernel(entry, grads), grids.tree_blocks(chunks, self._resident), grids.BLOCK, arguments
 
     def _sum_levels(self, arrays: int) -> tuple[list[Launch], int, int]:
         """Return the launches that leave a sum for each run, where these lie, and how many they are."""
@@ -101,11 +104,12 @@ class DeviceUnits:
             source, left = to, count
         return launches, source, left
 
-    def measure(self, grads: int) -> tuple[list[Launch], int, int]:
+    def measure(self, grads: int, dtype: np.dtype[Any]) -> tuple[list[Launch], int, int]:
         """Return the pass over the gradients, where its sums lie, and how many they are."""
         arguments = (grads, self._bounds, self._chunks, self._sums)
         levels, sums, left = self._sum_levels(1)
-        return [self._over_chunks("measure_units", self._chunks, arguments), *levels], sums, left
+        first = self._over_chunks("measure_units", self._chunks, arguments, dtype)
+        return [first, *levels], sums, left
 
     def form(self, step: int, lrs: tuple[int, int, int]) -> Launch:
         """Return what forms the coefficients of the next step, from the step counter and learning rates."""
@@ -114,16 +118,21 @@ class DeviceUnits:
         arguments = (self._coefficients, self._rows, *tables, step, *lrs)
         return self._kernel("form_rows"), blocks, grids.BLOCK, arguments
 
-    def clear_gaps(self, grads: int) -> list[Launch]:
+    def clear_gaps(self, grads: int, dtype: np.dtype[Any]) -> list[Launch]:
         """Return what clears the gradients that no unit covers."""
         arguments = (grads, self._gaps_at, self._gaps)
-        return [self._over_chunks("clear_units", self._gaps, arguments)] if self._gaps else []
+        return [self._over_chunks("clear_units", self._gaps, arguments, dtype)] if self._gaps else []
 
-    def step(self, pointers: tuple[int, ...], decided: tuple[int, ...]) -> Launch:
+    def step(
+        self, pointers: tuple[int, ...], decided: tuple[int, ...], stored: StoredTypes | None = None
+    ) -> Launch:
         """Return the step of some buffers; ``decided`` is what a clock has for it."""
         tables = (self._pieces, self._first, self._chunks, self._coefficients)
         seen = (self._sums, self._apart) if self.observed else ()
-        return self._over_chunks(self.step_entry, self._chunks, (*pointers, *tables, *decided, *seen))
+        types = self._types._replace(stored=stored)
+        kernel = self._backend.kernel(self.step_entry, types, self._device)
+        blocks = grids.tree_blocks(self._chunks, self._resident)
+        return kernel, blocks, grids.BLOCK, (*pointers, *tables, *decided, *seen)
 
     def conclude(self, skip: int, report: int) -> list[Launch]:
         """Return what sums up what a step has seen, and reports it."""

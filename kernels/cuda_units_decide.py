@@ -14,6 +14,7 @@ from numba import cuda, float64
 from . import rules
 from .cuda_decide import fold, sum_all
 from .grids import BLOCK
+from .storage import load
 from .tree import LANES
 from .units import COLUMNS
 
@@ -37,7 +38,7 @@ def measure_units(grads: Any, bounds: Any, chunks: int, sums: Any) -> None:
         if chunk < chunks:
             i, stop = bounds[2 * chunk] + lane, bounds[2 * chunk + 1]
             while i < stop:
-                value = np.float64(grads[i])
+                value = np.float64(load(grads, i))
                 total += value * value
                 if value - value != 0:
                     count += 1.0

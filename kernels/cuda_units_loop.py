@@ -16,6 +16,7 @@ from numba import cuda, float64
 from . import rules
 from .cuda import KernelTypes
 from .cuda_loop import make_part, pick, update_lane, update_lanes
+from .cuda_stored_loop import make_stored_piece
 from .grids import BLOCK, PACK
 from .storage import load, store
 from .tree import LANES
@@ -166,13 +167,15 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
     Both take ``(params, grads, states, pieces, first_piece, chunks, rows, coefficients, count, skip)``:
     tables of what is stepped and with what, those coefficients that are the same for all units, and pointers
     as ``step_captured`` has them. ``step_units_observed`` also takes where its sums go, three arrays of
-    pairs, and how many pairs apart these are.
+    pairs, and how many pairs apart these are. Where storage is not plain, ``states`` has all buffers behind
+    the gradients, and a pointer to the keys of stochastic rounding.
     """
     places = tuple(range(len(kinds.coefficients)))
     clears = kinds.clear is not type(None)
     has_decay = kinds.decay is not type(None)
     decayed, undecayed = _make_updates(kinds)
-    step_piece = _make_piece(kinds, observed=observed)
+    plain = kinds.stored is None
+    step_piece = _make_piece(kinds, observed=observed) if plain else make_stored_piece(kinds)
 
     @cuda.jit(device=True)
     def shared_of(coefficients: Any) -> Any:

@@ -27,14 +27,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .rounding import MULTIPLIER, WEYL, WEYL_OF_HIGH
+
 _SHORT, _INT, _INDEX = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 
 BFLOAT16, FLOAT16 = types.int16, types.uint16
 """The types of codes."""
-
-WEYL, WEYL_OF_HIGH, MULTIPLIER = 0xC2B2AE3D, 0x27D4EB2F, 0xD35A2D97
-"""Of the hash. (With the golden ratio in place of the first, elements a Fibonacci number apart correlate.)"""
 
 _ABS, _INF, _HALF_INF, _QUIET = 0x7FFFFFFF, 0x7F800000, 0x7C00, 0x00400000
 _REBIAS = (127 - 15) << 23  # of exponents, float32 to float16
@@ -50,6 +49,10 @@ def converts_half() -> bool:
         return True
     features = numba.config.CPU_FEATURES
     return "+f16c" in (llvm.get_host_cpu_features().flatten() if features is None else features).split(",")
+
+
+def _is_for_gpu(builder: Any) -> bool:
+    return str(builder.module.triple).startswith("nvptx")
 
 
 def _shaped(kind: Any, like: Any) -> Any:
@@ -114,7 +117,7 @@ def from_bfloat16(builder: Any, code: Any) -> Any:
 
 def to_float16(builder: Any, number: Any, random: Any | None) -> Any:
     """Emit the code of a float32."""
-    if random is None and converts_half():
+    if random is None and (_is_for_gpu(builder) or converts_half()):
         return builder.bitcast(builder.fptrunc(number, _HALF), _SHORT)
     build = _Bits(builder)
     bits = build.of(number)
@@ -141,6 +144,9 @@ def to_float16(builder: Any, number: Any, random: Any | None) -> Any:
 
 def from_float16(builder: Any, code: Any) -> Any:
     """Emit the float32 of a code, or of each in a vector."""
+    if _is_for_gpu(builder):  # spelled out: LLVM would load four of them in two accesses, as float16
+        kind = ir.FunctionType(_FLOAT, [_SHORT])
+        return builder.call(ir.InlineAsm(kind, "cvt.f32.f16 $0, $1;", "=f,h"), [code])
     if converts_half():
         return builder.fpext(builder.bitcast(code, _shaped(_HALF, code)), _shaped(_FLOAT, code))
     ints, floats = _shaped(_INT, code), _shaped(_FLOAT, code)

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+MATH = np.dtype(np.float32)
+"""In which a step computes with buffers of which some are stored otherwise."""
+
 PACK = 16
 """Bytes of the widest access that every supported GPU has."""
 
@@ -20,6 +25,10 @@ nothing, it takes fewer and spills (16 bytes in float64 AMSGrad on sm_90)."""
 RESIDENT_WIDE = 3
 """The same for a step in float64: with 64 registers, one with the average of the parameters spills 16 to 24
 bytes; it has more loads in flight, too."""
+
+RESIDENT_STORED = 3
+"""The same for a step of other than plain storage, which encodes, too: with 64 registers, one of AMSGrad with
+an average, a master and a copy of the parameters has 55 instructions that spill (sm_100)."""
 
 FEWER_CAPTURED = 1
 """So many blocks fewer for a captured step, which holds up to 13 coefficients in registers, where an eager
@@ -52,6 +61,14 @@ def packs(addresses: Sequence[int], itemsize: int, size: int) -> tuple[int, int]
         return 0, 0
     head = min(-offset % PACK // itemsize, size)
     return head, (size - head) * itemsize // PACK
+
+
+def as_of(itemsize: int, addresses: Sequence[int], widths: Sequence[int]) -> tuple[int, ...]:
+    """Return addresses with the same places in packs, if elements of some widths were of ``itemsize`` bytes.
+
+    A pack of narrower elements has as many, in fewer bytes.
+    """
+    return tuple(address // width * itemsize for address, width in zip(addresses, widths, strict=True))
 
 
 def blocks(size: int, packs: int, itemsize: int, resident_threads: int) -> int:

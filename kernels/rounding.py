@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+WEYL, WEYL_OF_HIGH, MULTIPLIER = 0xC2B2AE3D, 0x27D4EB2F, 0xD35A2D97
+"""Of the hash that random bits are. (With the golden ratio in place of the first, elements a Fibonacci number
+apart correlate.)"""
+
 
 class Rounding(NamedTuple):
     """What stochastic rounding needs to know of a step; None is to the nearest."""

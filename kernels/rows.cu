@@ -1,14 +1,16 @@
 // What surrounds a step over units: sums over chunks of runs, the rows of coefficients, and the report of what was
-// seen. kernels/cuda_source.py puts kernels/tree.cu before it.
+// seen. kernels/cuda_source.py puts kernels/tree.cu and how gradients are stored (Grad) before it.
 //
 // Memory traffic of `measure_units` in float32: reads 4 bytes of each element of a run, and 16 bytes for each chunk,
 // writes 16 bytes for each chunk.
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-measure_units(const Real* grads, const long long* bounds, long long chunks, Sums* sums) {
+measure_units(const Grad* grads, const long long* bounds, long long chunks, Sums* sums) {
     __shared__ Sums lanes[1][THREADS];
     const Table table{bounds, chunks};
-    sum_chunks(lanes, table, blockIdx.x, gridDim.x, sums, [&](long long i) { return of_gradient(grads[i]); });
+    sum_chunks(lanes, table, blockIdx.x, gridDim.x, sums, [&](long long i) {
+        return of_gradient(decoded(grads[i]));
+    });
 }
 
 // One level over `arrays` arrays of sums, `apart` from each other, each to the same place in its own.
@@ -59,9 +61,9 @@ conclude(Sums* sums, long long left, long long apart, const long long* skip, dou
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-clear_units(Real* grads, const long long* bounds, long long chunks) {
+clear_units(Grad* grads, const long long* bounds, long long chunks) {
     const long long warps = static_cast<long long>(gridDim.x) * WARPS;
     for (long long k = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / TREE_LANES; k < chunks; k += warps)
         for (long long i = bounds[2 * k] + threadIdx.x % TREE_LANES; i < bounds[2 * k + 1]; i += TREE_LANES)
-            grads[i] = Real{};
+            grads[i] = Grad{};
 }

@@ -70,6 +70,9 @@ DEVICE Real rounded(double number) {
 #endif
 }
 
+// Of a number that is stored as it is.
+DEVICE Real decoded(Real number) { return number; }
+
 // --- Tuples --------------------------------------------------------------------------------------------------
 
 template <class... Values> struct Tuple;

@@ -87,11 +87,24 @@ DEVICE void step_some(Real* params, Grad* grads, Real* const (&states)[STATES], 
     }
 }
 
+// Buffers that are all of Real.
+template <int STATES, class Grad> struct Elements {
+    Real* params;
+    Grad* grads;
+    Real* const (&states)[STATES];
+    METHOD void clear(long long i) const {
+        if constexpr (IsMutable<Grad>::value) grads[i] = Real{};
+    }
+    template <int N, class Coefficients, class Seen>
+    METHOD void step(long long i, const Coefficients& c, Seen& seen) const {
+        step_some<N>(params, grads, states, i, c, seen);
+    }
+};
+
 // A warp takes a chunk at a time, and each of its lanes the elements that the tree gives to it, in their order.
 // `coefficients(row)` returns those of a row.
-template <int STATES, class Grad, class Coefficients, class Seen>
-DEVICE void step_chunks(Real* params, Grad* grads, Real* const (&states)[STATES], Pieces pieces, bool skip,
-                        Coefficients coefficients, Seen seen) {
+template <bool CLEAR, class Stepped, class Coefficients, class Seen>
+DEVICE void step_chunks(Stepped elements, Pieces pieces, bool skip, Coefficients coefficients, Seen seen) {
     const int lane = threadIdx.x % TREE_LANES;
     const long long blocks = gridDim.x;
     for (long long first = blockIdx.x * static_cast<long long>(WARPS); first < pieces.chunks; first += blocks * WARPS) {
@@ -106,15 +119,15 @@ DEVICE void step_chunks(Real* params, Grad* grads, Real* const (&states)[STATES]
             const long long stop = piece[1];
             long long i = piece[0] + ((lane - (piece[0] - start)) & (TREE_LANES - 1));
             if (skip) {
-                if constexpr (IsMutable<Grad>::value) for (; i < stop; i += TREE_LANES) grads[i] = Real{};
+                if constexpr (CLEAR) for (; i < stop; i += TREE_LANES) elements.clear(i);
                 continue;
             }
             const auto c = coefficients(piece[2]);
 #pragma unroll 1
             for (; i + (LANES - 1) * TREE_LANES < stop; i += LANES * TREE_LANES)
-                step_some<LANES>(params, grads, states, i, c, seen);
+                elements.template step<LANES>(i, c, seen);
 #pragma unroll 1
-            for (; i < stop; i += TREE_LANES) step_some<1>(params, grads, states, i, c, seen);
+            for (; i < stop; i += TREE_LANES) elements.template step<1>(i, c, seen);
         }
         seen.end(chunk, is_there);
     }

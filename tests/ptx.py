@@ -85,6 +85,7 @@ class Memory:
 
 U32, U64 = 2**32 - 1, 2**64 - 1
 TYPES = {"f32": "np.float32", "f64": "np.float64", "u32": "np.uint32", "u64": "np.uint64"}
+TYPES |= {"u16": "np.uint16", "b16": "np.uint16", "s16": "np.int16", "b32": "np.uint32"}
 
 
 def signed(value: int, bits: int = 64) -> int:
@@ -93,7 +94,7 @@ def signed(value: int, bits: int = 64) -> int:
     return value - (value >> (bits - 1) << bits)
 
 
-EXPRESSIONS = {
+EXPRESSIONS: dict[str, str] = {
     **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f32", "f64")},
     **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "u32", "u64", "b64", "f32", "f64")},
     "cvta.to.global.u64": "{0}",
@@ -134,6 +135,28 @@ EXPRESSIONS = {
     "mul.f64": "{0} * {1}",  # to nearest as well, but it could be fused
     "add.f64": "{0} + {1}",
     "sub.f64": "{0} - {1}",
+}
+EXPRESSIONS |= {  # 16 bits, which registers of 16 and of 32 hold, and float16 in them
+    "mov.u16": "{0}",
+    "mov.b16": "{0}",
+    "cvt.u32.u16": "{0}",
+    "cvt.u16.u32": "{0} & 0xFFFF",
+    "cvt.u16.u64": "{0} & 0xFFFF",
+    "cvt.s32.s16": "signed({0}, 16) & U32",
+    "add.s16": "({0} + {1}) & 0xFFFF",
+    "sub.s16": "({0} - {1}) & 0xFFFF",
+    "and.b16": "{0} & {1} & 0xFFFF",
+    "or.b16": "({0} | {1}) & 0xFFFF",
+    "mul.lo.s32": "({0} * {1}) & U32",
+    "mad.lo.s32": "({0} * {1} + {2}) & U32",
+    "xor.b32": "{0} ^ {1}",
+    "xor.b64": "{0} ^ {1}",
+    "selp.b32": "{0} if {2} else {1}",
+    "setp.nan.f32": "{0} != {0} or {1} != {1}",
+    "cvt.f32.f16": "np.float32(np.uint16({0}).view(np.float16))",
+    "cvt.f64.f16": "np.float64(np.uint16({0}).view(np.float16))",
+    "cvt.rn.f16.f32": "int(np.float16({0}).view(np.uint16))",
+    "cvt.rzi.u32.f32": "min(int(min(max({0}, np.float32(0)), np.float32(2**32))), U32) if {0} == {0} else 0",
 }
 """What PTX computes, in Python: integers are unsigned of their width, floats are NumPy scalars.
 
@@ -248,6 +271,8 @@ class Program:
             return _access(name, kind, operands)
         if op.startswith(("ld.shared.", "st.shared.")) and kind in TYPES:
             return _access(name, kind, [self._placed(operand) for operand in operands], "shared")
+        if op == "mov.b32":
+            return _moved_bits(*operands)
         if op not in EXPRESSIONS:
             raise NotImplementedError(f"PTX instruction {op}")
         result, *values = (_value(self._placed(operand)) for operand in operands)
@@ -275,12 +300,33 @@ def _access(name: str, kind: str, operands: list[str], memory: str = "memory") -
     base, _, offset = place.strip("[]").partition("+")
     address = f"({_value(base)} + {int(offset or 0)}) & U64"
     values = [_value(register) for register in re.findall(r"[^{},\s]+", registers)]
-    integer = kind.startswith("u")
+    integer = not kind.startswith("f")
     if name == "ld":
         loaded = f"{memory}.load({address}, {len(values)}, {TYPES[kind]})"
+        if kind.startswith("s"):  # extended to the width of a register
+            loaded = f"(int(value) & U32 for value in {loaded})"
         return f"{', '.join(values)}, = {f'map(int, {loaded})' if integer else loaded}"
-    stored = ", ".join(f"{TYPES[kind]}({value})" if integer else value for value in values)
+    lowest = " & 0xFFFF" if kind.endswith("16") else ""
+    stored = ", ".join(f"{TYPES[kind]}({value}{lowest})" if integer else value for value in values)
     return f"{memory}.store({address}, {TYPES[kind]}, {stored})"
+
+
+def _moved_bits(result: str, operand: str) -> str:
+    """Return the Python of a move of 32 bits: between floats, integers, and pairs of 16 bits."""
+    if result.startswith("{"):
+        low, high = map(_value, re.findall(r"[^{},\s]+", result))
+        return f"{low}, {high} = {_value(operand)} & 0xFFFF, {_value(operand)} >> 16"
+    if operand.startswith("{"):
+        low, high = map(_value, re.findall(r"[^{},\s]+", operand))
+        return f"{_value(result)} = {low} | {high} << 16"
+    to, value = _value(result), _value(operand)
+    if to[0] == value[0]:
+        return f"{to} = {value}"
+    return (
+        f"{to} = np.uint32({value}).view(np.float32)"
+        if to[0] == "f"
+        else f"{to} = int({value}.view(np.uint32))"
+    )
 
 
 def _value(operand: str) -> str:

@@ -59,7 +59,7 @@ def due_of_clock(ops, build):
     by_numba, narrow, adds = build.backend == "numba-cuda", build.dtype == "float32", ops["add.rn.f64"]
     decay = Counter({"mul.rn.f64" if by_numba else "mul.f64": 1})
     match build.entry:
-        case "set_lr":
+        case "set_lr" | "form_keys" | "widen":
             return Counter()
         case "accumulate":
             return Counter({f"add.rn.{build.suffix}": ops[f"add.rn.{build.suffix}"]})

@@ -21,7 +21,7 @@ REFUSED = {
     "int32": (
         lambda cupy: ones(cupy, dtype=np.int32),
         TypeError,
-        "flat_params must be float32 or float64; got int32.",
+        "flat_params must be float32, float64, float16 or bfloat16; got int32.",
     ),
     "strided": (
         lambda cupy: ones(cupy, 16)[::2],
