@@ -78,7 +78,8 @@ class LastStep:
     def update_norm(self) -> float | None:
         """Norm of the difference that the step made to the parameters; None without telemetry, or skipped.
 
-        Each difference of two stored values is formed, squared and added in float64.
+        Each difference of two stored values is formed, squared and added in float64. Where 16-bit parameters
+        have a master, that is what was stored.
         """
         return self._done.update_norm
 

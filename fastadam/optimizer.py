@@ -689,8 +689,6 @@ class FusedAdam(Tunables):
         kinds: tuple[object, ...] = ()
         if out is not None or not alike or not h.stores_plainly:
             storage, kinds = stored.storage_of(h, cast("buffers.Array", params), grads, out, state, step)
-            if h.telemetry:
-                raise ValueError("telemetry must be False with 16-bit storage or out, for now; got True.")
         found = self._segmented
         if found is None or found.c is not c or found.size != params.size:
             found = self._segmented = Segmented(self._segments or Segments(()), h, c, params.size)

@@ -51,6 +51,7 @@ class Segmented:
         self._table = loops.Table(self._units, self._rows.coefficients)
         self._norm: Any = None
         self._telemetry: Any = None
+        self._observes: Any = None  # the same in other than plain arrays
         if hyperparameters.telemetry:
             from fastadam.kernels.telemetry import Telemetry
 
@@ -84,7 +85,9 @@ class Segmented:
     def prepare(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
         c = self._rows.with_decay(c)
-        if self.storage is not PLAIN:
+        if self.storage is not PLAIN and self._telemetry is not None:
+            self._stored_telemetry().prepare(params, grads, states, c, clear, self.storage)
+        elif self.storage is not PLAIN:
             loops, cuts = self._stored()
             loops.prepare(params, grads, states, cuts, c, clear, self.storage)
         elif self._telemetry is None:
@@ -97,7 +100,10 @@ class Segmented:
         self._rows.form(self.step)
         c = self._rows.with_decay(c)
         take: Callable[[], None]
-        if self.storage is not PLAIN:
+        if self.storage is not PLAIN and self._telemetry is not None:
+            arguments = (self._rows.coefficients, self._scratch, c, clear, self.storage)
+            take = self._stored_telemetry().plan(params, grads, states, *arguments)
+        elif self.storage is not PLAIN:
             loops, cuts = self._stored()
             take = loops.plan(params, grads, states, cuts, self._rows.coefficients, c, clear, self.storage)
         elif self._telemetry is None:
@@ -115,6 +121,14 @@ class Segmented:
             self._cuts = Cuts(self._units, self.size)
         return stored, self._cuts
 
+    def _stored_telemetry(self) -> Any:
+        """Return the same, looked at."""
+        from fastadam.kernels.stored_telemetry import StoredTelemetry
+
+        if self._observes is None:
+            self._observes = StoredTelemetry(self._chunks(), self._units, self.size)
+        return self._observes
+
     def warmup(self, n_states: int, c: rules.Update, clear: Any) -> None:
         """Compile, or load from the disk cache, all loops."""
         loops = self._loops
@@ -129,6 +143,8 @@ class Segmented:
     def warmup_stored(self, params: Any, states: Any, c: rules.Update, clear: Any, storage: Storage) -> None:
         """Compile, or load from the disk cache, all loops for arrays without elements in any storage."""
         loops, _ = self._stored()
+        if self._telemetry is not None:
+            from fastadam.kernels import stored_telemetry as loops
         loops.warmup(params, states, self._rows.with_decay(c), clear, storage)
 
     # --- And what they have not -----------------------------------------------------------------------------

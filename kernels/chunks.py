@@ -47,37 +47,48 @@ def fold(builder: Any, lanes: Any, add: Callable[..., Any]) -> Any:
     return builder.extract_element(lanes, ir.IntType(32)(0))
 
 
+def _add_rows(
+    context: Any, builder: Any, element: Any, firsts: list[Any], size: Any, add: Callable[[list[Any]], None]
+) -> None:
+    """Emit ``add`` of pointers for each row of ``size`` elements from ``firsts`` on."""
+    rows = builder.udiv(size, _INDEX(LANES))
+    with cgutils.for_range(builder, rows) as loop:
+        add([builder.gep(first, [builder.mul(loop.index, _INDEX(LANES))]) for first in firsts])
+    # The rest of the last chunk: a row filled up with zeros. Lanes are never -0.0 here, so adding 0.0 to one
+    # is adding nothing.
+    rest, itemsize = builder.urem(size, _INDEX(LANES)), context.get_abi_sizeof(element)
+    padded = [cgutils.alloca_once(builder, element, LANES) for _ in firsts]
+    with builder.if_then(builder.icmp_unsigned("!=", rest, _INDEX(0)), likely=False):
+        for first, row in zip(firsts, padded, strict=True):
+            cgutils.memset(builder, row, _INDEX(LANES * itemsize), 0)
+            rest_of_chunk = builder.gep(first, [builder.mul(rows, _INDEX(LANES))])
+            cgutils.raw_memcpy(builder, row, rest_of_chunk, rest, itemsize)
+        add(padded)
+
+
+def _load_row(builder: Any, pointer: Any, element: Any) -> Any:
+    terms = builder.load(builder.bitcast(pointer, ir.VectorType(element, LANES).as_pointer()))
+    terms.align = 1  # gradients may lie anywhere; it costs nothing
+    return terms
+
+
 def _sum_chunk(context: Any, builder: Any, kind: Any, arguments: Any, *, squares: bool) -> Any:
     """Emit the sum of ``size`` elements from ``start`` on, or of their squares; return its value."""
     values, start, size = arguments
     element = context.get_data_type(kind.dtype)
-    row = ir.VectorType(element, LANES)
     # A fused multiply-add does not round the product. The square of a float32 is exact in float64, so there
     # the compiler may fuse: the same bits, 1.3x faster in cache (Zen 4).
     flags = () if isinstance(element, ir.DoubleType) else ("contract",)
 
-    def add(pointer: Any) -> None:
-        terms = builder.load(builder.bitcast(pointer, row.as_pointer()))
-        terms.align = 1  # gradients may lie anywhere; it costs nothing
-        terms = widen(builder, terms, kind.dtype)
+    def add(pointers: list[Any]) -> None:
+        terms = widen(builder, _load_row(builder, pointers[0], element), kind.dtype)
         if squares:
             terms = builder.fmul(terms, terms, flags=flags)
         builder.store(builder.fadd(builder.load(lanes), terms, flags=flags), lanes)
 
     lanes = cgutils.alloca_once_value(builder, ir.Constant(_LANES_OF_FLOAT64, [0.0] * LANES))
     first = builder.gep(context.make_array(kind)(context, builder, values).data, [start])
-    rows = builder.udiv(size, _INDEX(LANES))
-    with cgutils.for_range(builder, rows) as loop:
-        add(builder.gep(first, [builder.mul(loop.index, _INDEX(LANES))]))
-    # The rest of the last chunk: a row filled up with zeros. Lanes are never -0.0 here, so adding 0.0 to one
-    # is adding nothing.
-    rest = builder.urem(size, _INDEX(LANES))
-    padded = cgutils.alloca_once(builder, element, LANES)
-    with builder.if_then(builder.icmp_unsigned("!=", rest, _INDEX(0)), likely=False):
-        cgutils.memset(builder, padded, _INDEX(LANES * context.get_abi_sizeof(element)), 0)
-        rest_of_chunk = builder.gep(first, [builder.mul(rows, _INDEX(LANES))])
-        cgutils.raw_memcpy(builder, padded, rest_of_chunk, rest, context.get_abi_sizeof(element))
-        add(padded)
+    _add_rows(context, builder, element, [first], size, add)
     return fold(builder, builder.load(lanes), builder.fadd)
 
 
@@ -102,3 +113,32 @@ def sum_of_squares(typing_context: Any, values: Any, start: Any, size: Any) -> A
 def sum_of_values(typing_context: Any, values: Any, start: Any, size: Any) -> Any:
     """Sum ``values[start : start + size]``, at most ``CHUNK`` float64, none of them -0.0."""
     return _emitter(values, squares=False)
+
+
+@intrinsic
+def squares_of_step(typing_context: Any, after: Any, before: Any, size: Any) -> Any:
+    """Sum the squares of ``after[:size] - before[:size]``, and those of ``after``: at most ``CHUNK`` float32.
+
+    Each difference is rounded to float64, and so is its square.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def add(pointers: list[Any]) -> None:
+            new, old = (widen(builder, _load_row(builder, pointer, element)) for pointer in pointers)
+            for terms, lanes, flags in ((builder.fsub(new, old), moved, ()), (new, left, ("contract",))):
+                square = builder.fmul(terms, terms, flags=flags)
+                builder.store(builder.fadd(builder.load(lanes), square, flags=flags), lanes)
+
+        element, zeros = ir.FloatType(), ir.Constant(_LANES_OF_FLOAT64, [0.0] * LANES)
+        moved, left = (cgutils.alloca_once_value(builder, zeros) for _ in range(2))
+        firsts = [
+            context.make_array(kind)(context, builder, value).data
+            for kind, value in zip(signature.args[:2], arguments[:2], strict=True)
+        ]
+        _add_rows(context, builder, element, firsts, arguments[2], add)
+        sums = [fold(builder, builder.load(lanes), builder.fadd) for lanes in (moved, left)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    row = types.Array(types.float32, 1, "C")
+    sums = types.UniTuple(types.float64, 2)
+    return (sums(row, row, types.intp), emit) if after == before == row else None

@@ -53,6 +53,7 @@ FLOORS = [
     {"kernels.cuda_cupy", "kernels.cuda_numba", "kernels.stored"},
     {"kernels.segments"},
     {"kernels.telemetry"},
+    {"kernels.stored_telemetry"},
     {"backends", "hyperparameters", "schedule"},
     {"decays", "segments", "streams", "tunables"},
     {"compositions", "device_buffers", "rows"},

@@ -102,20 +102,6 @@ STEPS = {
         ValueError,
         "master_params must be None or 'float32' for float16 parameters; got 'split'.",
     ),
-    "telemetry": (
-        {"telemetry": True},
-        BF16,
-        BF16,
-        ValueError,
-        "telemetry must be False with 16-bit storage or out, for now; got True.",
-    ),
-    "telemetry-state": (
-        {"telemetry": True, "state_dtype": "bfloat16"},
-        np.float32,
-        np.float32,
-        ValueError,
-        "telemetry must be False with 16-bit storage or out, for now; got True.",
-    ),
 }
 
 
