@@ -114,11 +114,12 @@ class Hyperparameters:
     telemetry : bool
         Report norms and counts of each step.
     state_dtype : str or tuple of str
-        How the moments are stored: "float32" (the dtype of the arithmetic) or "bfloat16"; one for each.
+        How the moments are stored: "float32" (the dtype of the arithmetic), "bfloat16" or "8bit"; one for
+        each.
     master_params : str or None
         What is kept of 16-bit parameters: "float32", or "split", what they lack.
     rounding : str
-        Of what is stored in 16 bits: "stochastic" or "nearest".
+        Of what is stored in 16 or 8 bits: "stochastic" or "nearest".
     seed, offset : int
         Of stochastic rounding; index of the first element in the whole buffer.
 

@@ -85,19 +85,21 @@ class FusedAdam(Tunables):
         Report of each step the norms of the gradient, of the update and of the parameters, how many elements
         of the gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`). They are
         formed in the same pass, and change no bit of it.
-    state_dtype : {"float32", "bfloat16"} or a pair of them, default "float32"
-        How the moments are stored; a pair is for ``exp_avg`` and ``exp_avg_sq``. With float64 parameters only
-        the default, which is float64 then. This and what follows: ``docs/storage.md``.
+    state_dtype : {"float32", "bfloat16", "8bit"} or a pair of them, default "float32"
+        How the moments are stored; a pair is for ``exp_avg`` and ``exp_avg_sq``. In 8 bits, blocks of 128
+        elements share a scale. With float64 parameters only the default, which is float64 then. This and what
+        follows: ``docs/storage.md``.
     master_params : {None, "float32", "split"}, default None
         Keep 16-bit parameters exactly, in the state: as float32, or as what is missing of bfloat16 parameters
         to it, 2 bytes.
     rounding : {"stochastic", "nearest"}, default "stochastic"
-        Of what is stored in 16 bits: moments, and parameters without a master. To the nearest, averages stop
-        following: their steps are smaller than half a unit in the last place.
+        Of what is stored in 16 or 8 bits: moments, and parameters without a master. To the nearest, averages
+        stop following: their steps are smaller than half a unit in the last place.
     seed : int, default 0
         Of stochastic rounding, in [0, 2**53). There is no generator: (seed, step, element) give the bits.
     offset : int, default 0
-        Index of the buffer's first element in the whole buffer of which it is a shard, in [0, 2**53).
+        Index of the buffer's first element in the whole buffer of which it is a shard, in [0, 2**53). With
+        moments in 8 bits shards have the bits of the whole where it is a multiple of 128.
     segments : iterable of Segment, default ()
         Parts of the buffer with hyperparameters of their own, which do not overlap: see
         :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
@@ -223,7 +225,7 @@ class FusedAdam(Tunables):
         Reads ``flat_params``, ``flat_grads`` and the moments, writes ``flat_params`` and the moments: 28
         bytes per float32 element. ``max_grad_norm`` and ``skip_nonfinite`` take a pass over ``flat_grads``
         before: 4 bytes. ``ema_decay`` reads and writes 8 more, ``zero_grads`` writes 4; ``docs/storage.md``
-        has the bytes of 16-bit storage. A call that raises
+        has the bytes of other storage. A call that raises
         has changed nothing; only what a signal handler raises, such as ``KeyboardInterrupt``, may follow a
         step that was taken whole and counted.
 
@@ -300,7 +302,7 @@ class FusedAdam(Tunables):
             alike = alike and params.dtype == math
         loops = kernels
         if not on_device and (out is not None or not alike or self._segments is not None):
-            loops = self._other_loops(kernels, c, params, grads, state, out, alike)
+            loops = self._other_loops(c, params, grads, state, out, alike)
         if on_device:
             take, report = device_steps.plan(
                 kernels,
@@ -675,7 +677,6 @@ class FusedAdam(Tunables):
 
     def _other_loops(
         self,
-        kernels: Any,
         c: Coefficients,
         params: buffers.Buffer,
         grads: buffers.Buffer,

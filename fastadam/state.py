@@ -36,8 +36,8 @@ class State:
     The meanings are PyTorch's: the moments are not debiased, ``step`` counts the steps taken. The attributes
     cannot be set; the moments are flat views of the optimizer's own memory, with the size of the parameters
     and the dtype of the arithmetic or that of ``state_dtype``, and writing to them changes the state; to see
-    bfloat16 needs ml_dtypes. On a GPU they are arrays of the backend's library (CuPy
-    or Numba), and what writes to them must be in stream order with the steps.
+    bfloat16 needs ml_dtypes, and moments in 8 bits are read-only copies in float32. On a GPU they are arrays
+    of the backend's library (CuPy or Numba), and what writes to them must be in stream order with the steps.
 
     Parameters
     ----------

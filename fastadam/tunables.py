@@ -134,7 +134,7 @@ class Tunables(ABC):
 
     @property
     def rounding(self) -> str:
-        """How what is stored in 16 bits is rounded."""
+        """How what is stored in 16 or 8 bits is rounded."""
         return self._hyperparameters.rounding
 
     @property

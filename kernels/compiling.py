@@ -29,9 +29,40 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
-from . import chunks, distinct, eight_bits, formats, observed, rules, storage
+from . import (
+    bits,
+    bounds,
+    chunks,
+    distinct,
+    draws,
+    eight_bits,
+    elements,
+    formats,
+    observed,
+    rows,
+    rules,
+    storage,
+    views,
+)
 
 JIT_OPTIONS = {"error_model": "numpy"}
+
+_EMITTERS = (
+    bits,
+    bounds,
+    chunks,
+    distinct,
+    draws,
+    eight_bits,
+    elements,
+    formats,
+    observed,
+    rows,
+    rules,
+    storage,
+    views,
+)
+"""Modules of what loops call, and of what emits code for them."""
 
 
 @cache
@@ -44,7 +75,7 @@ def digest() -> str:
     sha = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         sha.update(source.read_bytes())
-    for module in (chunks, distinct, eight_bits, formats, observed, rules, storage):
+    for module in _EMITTERS:
         for value in vars(module).values():
             function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):

@@ -1,9 +1,10 @@
-"""Memory of a loop as pointers of which compilers know that they do not meet: the caller has checked the buffers.
+"""Memory of a loop as pointers of which compilers know that they do not meet: the caller has checked that.
 
-LLVM tests whether arrays of a loop overlap each time that the loop is entered: for the 128 elements of a block
-that is a tenth of the time. Where it takes more than eight tests, with six arrays, LLVM gives up and leaves the
-loop scalar, at ten times the time. Accesses through these pointers carry scopes that say so instead. And
-pointers are cheap to pass: of arrays in a tuple that is made in a loop references are counted there.
+LLVM tests whether arrays of a loop overlap each time that the loop is entered: for the 128 elements of a
+block that is a tenth of the time. Where it takes more than eight tests, with six arrays, LLVM gives up and
+leaves the loop scalar, at ten times the time. Accesses through these pointers carry scopes that say so
+instead. And pointers are cheap to pass: of arrays in a tuple that is made in a loop references are counted
+there.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ def put(builder: Any, kind: Distinct, pointer: Any, index: Any, element: Any) ->
     _say_distinct(builder, access, kind.place)
 
 
-@lower_builtin(operator.getitem, Distinct, types.Integer)  # type: ignore[untyped-decorator]
+@lower_builtin(operator.getitem, Distinct, types.Integer)
 def _get(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return get(builder, signature.args[0], *arguments)
 
 
-@lower_builtin(operator.setitem, Distinct, types.Integer, types.Any)  # type: ignore[untyped-decorator]
+@lower_builtin(operator.setitem, Distinct, types.Integer, types.Any)
 def _set(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    kind, _, of_value = signature.args
-    put(builder, kind, *arguments[:2], context.cast(builder, arguments[2], of_value, kind.dtype))
+    (kind, _, of_value), (pointer, index, value) = signature.args, arguments
+    put(builder, kind, pointer, index, context.cast(builder, value, of_value, kind.dtype))
     return context.get_dummy_value()
 
 
@@ -108,6 +109,21 @@ def memory_of(typing_context: Any, params: Any, grads: Any, states: Any, master:
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.Tuple(kinds)(params, grads, states, master, out), emit
+
+
+@intrinsic
+def pointers_to(typing_context: Any, arrays: Any) -> Any:
+    """Return pointers to the arrays of a tuple, which may meet others."""
+    pointers = types.Tuple([types.CPointer(array.dtype) for array in arrays])
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = [
+            context.make_array(kind)(context, builder, value).data
+            for kind, value in zip(arrays, cgutils.unpack_tuple(builder, arguments[0]), strict=True)
+        ]
+        return context.make_tuple(builder, pointers, found)
+
+    return pointers(arrays), emit
 
 
 @intrinsic

@@ -1,8 +1,8 @@
 """Moments in one byte: how numbers become codes and back, in units of the scale that a block of them shares.
 
 Codes are int8 for first moments (a sign and a magnitude) and uint8 for second moments, so that the type of an
-array says what it holds. :mod:`fastadam.eight_bits` has the format to the bit, and the same in NumPy;
-:mod:`fastadam.kernels.blocks` has what a block has in common.
+array says what it holds. :mod:`fastadam.eight_bit` has the format to the bit, and the same in NumPy;
+:mod:`fastadam.kernels.bounds` and :mod:`fastadam.kernels.views` have what a block has in common.
 
 LLVM code on 32-bit integers, as in :mod:`fastadam.kernels.formats`: functions here emit it.
 """
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
+
+from .bits import ABS, INF, SIGN, Bits
 
 _BYTE, _INT, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
@@ -26,9 +28,10 @@ LARGEST = 1.75
 """Of what is finite in a block in which something is not, in units of the scale, the offset included."""
 
 SHIFT, COARSEST = 17, 3
-"""How far the code of a second moment is shifted with the finest mantissa (6 bits), and how much more at most."""
+"""How far codes of second moments are shifted with the finest mantissa, 6 bits, and how much more."""
 
-_ABS, _SIGN, _INF, _OFFSET_BITS, TWO = 0x7FFFFFFF, 0x80000000, 0x7F800000, 0x38000000, 0x40000000
+_OFFSET_BITS, TWO = 0x38000000, 0x40000000
+"""The bits of the offset, and of 2."""
 
 ROUNDS_SIGNED, ROUNDS_UNSIGNED = 1 << 19, 1 << 31
 """In place of random bits: to the nearest."""
@@ -52,38 +55,9 @@ class Unsigned(NamedTuple):
     least: Any  # bits of what code 1 will be
 
 
-class Bits:
-    """Builds code on 32-bit integers and float32."""
-
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
-
-    def of(self, number: Any) -> Any:
-        """Return the bits of a float32."""
-        return self.b.bitcast(number, _INT)
-
-    def float(self, bits: Any) -> Any:
-        return self.b.bitcast(bits, _FLOAT)
-
-    def masked(self, bits: Any, mask: int) -> Any:
-        return self.b.and_(bits, _INT(mask))
-
-    def plus(self, bits: Any, other: Any) -> Any:
-        return self.b.add(bits, _INT(other & 0xFFFFFFFF) if isinstance(other, int) else other)
-
-    def magnitude(self, number: Any) -> Any:
-        return self.float(self.masked(self.of(number), _ABS))
-
-    def larger(self, bits: Any, other: Any) -> Any:
-        other = _INT(other) if isinstance(other, int) else other
-        return self.b.select(self.b.icmp_unsigned(">", bits, other), bits, other)
-
-    def smaller(self, bits: Any, other: int) -> Any:
-        return self.b.select(self.b.icmp_unsigned("<", bits, _INT(other)), bits, _INT(other))
-
-    def base(self, shift: Any) -> Any:
-        """Return the bits of what code 0 of a second moment would be."""
-        return self.b.sub(_INT(TWO), self.b.shl(_INT(256), shift))
+def base(builder: Any, shift: Any) -> Any:
+    """Emit the bits of what code 0 of a second moment would be, were it not zero."""
+    return builder.sub(_INT(TWO), builder.shl(_INT(256), shift))
 
 
 def decode_signed(builder: Any, code: Any, view: Signed, flagged: Any = None) -> Any:
@@ -96,8 +70,8 @@ def decode_signed(builder: Any, code: Any, view: Signed, flagged: Any = None) ->
     if flagged is not None:
         is_largest = builder.icmp_unsigned("==", build.masked(wide, 127), _INT(127))
         number = builder.select(builder.and_(flagged, is_largest), _FLOAT(float("nan")), number)
-    sign = build.masked(wide, _SIGN)  # also of zero
-    return build.float(builder.or_(build.masked(build.of(number), _ABS), sign))
+    sign = build.masked(wide, SIGN)  # also of zero
+    return build.float(builder.or_(build.masked(build.of(number), ABS), sign))
 
 
 def encode_signed(builder: Any, number: Any, view: Signed, random: Any, clamped: Any = None) -> Any:
@@ -112,7 +86,7 @@ def encode_signed(builder: Any, number: Any, view: Signed, random: Any, clamped:
     code = build.masked(code, 127)
     if clamped is not None:
         limited = builder.select(builder.fcmp_unordered("uge", scaled, _FLOAT(LARGEST)), _INT(126), code)
-        is_finite = builder.icmp_unsigned("<", build.masked(bits, _ABS), _INT(_INF))
+        is_finite = builder.icmp_unsigned("<", build.masked(bits, ABS), _INT(INF))
         code = builder.select(clamped, builder.select(is_finite, limited, _INT(127)), code)
     sign = build.masked(builder.lshr(bits, _INT(24)), 128)
     return builder.trunc(builder.or_(code, sign), _BYTE)
@@ -138,13 +112,13 @@ def encode_unsigned(builder: Any, number: Any, view: Unsigned, random: Any, clam
     """
     build = Bits(builder)
     scaled = builder.fmul(number, view.inverse)
-    bits = build.of(scaled)
+    bits = build.of(scaled)  # in order, as numbers are, for what is not negative
     raised = builder.select(builder.icmp_signed(">", bits, view.least), bits, view.least)
     share = builder.lshr(random, builder.sub(_INT(32), view.new_shift))
     code = builder.lshr(builder.add(raised, share), view.new_shift)
-    code = builder.select(builder.icmp_unsigned("==", bits, _INT(0)), _INT(0), code)
+    code = build.choose("==", build.of(number), 0, _INT(0), code)
     if clamped is not None:
         limited = builder.select(builder.fcmp_unordered("uge", scaled, _FLOAT(LARGEST)), _INT(254), code)
-        is_finite = builder.icmp_unsigned("<", build.masked(build.of(number), _ABS), _INT(_INF))
+        is_finite = builder.icmp_unsigned("<", build.masked(build.of(number), ABS), _INT(INF))
         code = builder.select(clamped, builder.select(is_finite, limited, _INT(255)), code)
     return builder.trunc(code, _BYTE)

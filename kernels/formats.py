@@ -27,6 +27,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .bits import ABS, INF, Bits
 from .rounding import MULTIPLIER, WEYL, WEYL_OF_HIGH
 
 _SHORT, _INT, _INDEX = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -35,7 +36,7 @@ _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 BFLOAT16, FLOAT16 = types.int16, types.uint16
 """The types of codes."""
 
-_ABS, _INF, _HALF_INF, _QUIET = 0x7FFFFFFF, 0x7F800000, 0x7C00, 0x00400000
+_HALF_INF, _QUIET = 0x7C00, 0x00400000
 _REBIAS = (127 - 15) << 23  # of exponents, float32 to float16
 _LEAST_NORMAL_HALF = 0x38800000  # 2**-14
 _BEYOND_HALF = (0x47800000, 0x477FF000)  # 2**16 at random, 65520 to the nearest: inf from here on
@@ -60,44 +61,12 @@ def _shaped(kind: Any, like: Any) -> Any:
     return ir.VectorType(kind, like.type.count) if isinstance(like.type, ir.VectorType) else kind
 
 
-class _Bits:
-    """Builds integer code on one value after the other."""
-
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
-
-    def of(self, number: Any) -> Any:
-        """Return the bits of a float32."""
-        return self.b.bitcast(number, _INT)
-
-    def float(self, bits: Any) -> Any:
-        return self.b.bitcast(bits, _FLOAT)
-
-    def plus(self, bits: Any, other: Any) -> Any:
-        return self.b.add(bits, _INT(other & 0xFFFFFFFF) if isinstance(other, int) else other)
-
-    def masked(self, bits: Any, mask: int) -> Any:
-        return self.b.and_(bits, _INT(mask))
-
-    def up(self, bits: Any, places: int) -> Any:
-        return self.b.shl(bits, _INT(places))
-
-    def down(self, bits: Any, places: int) -> Any:
-        return self.b.lshr(bits, _INT(places))
-
-    def choose(self, sign: str, bits: Any, limit: int, this: Any, other: Any) -> Any:
-        return self.b.select(self.b.icmp_unsigned(sign, bits, _INT(limit)), this, other)
-
-    def code(self, bits: Any) -> Any:
-        return self.b.trunc(bits, _SHORT)
-
-
 # --- Scalars to codes; decoding works on vectors, too -------------------------------------------------------
 
 
 def to_bfloat16(builder: Any, number: Any, random: Any | None) -> Any:
     """Emit the code of a float32."""
-    build = _Bits(builder)
+    build = Bits(builder)
     bits = build.of(number)
     if random is None:
         add = build.plus(build.masked(build.down(bits, 16), 1), 0x7FFF)
@@ -119,9 +88,9 @@ def to_float16(builder: Any, number: Any, random: Any | None) -> Any:
     """Emit the code of a float32."""
     if random is None and (_is_for_gpu(builder) or converts_half()):
         return builder.bitcast(builder.fptrunc(number, _HALF), _SHORT)
-    build = _Bits(builder)
+    build = Bits(builder)
     bits = build.of(number)
-    magnitude = build.masked(bits, _ABS)
+    magnitude = build.masked(bits, ABS)
     normal = build.plus(magnitude, -_REBIAS)
     if random is None:
         normal = build.plus(normal, build.plus(build.masked(build.down(normal, 13), 1), 0x0FFF))
@@ -138,7 +107,7 @@ def to_float16(builder: Any, number: Any, random: Any | None) -> Any:
         subnormal = build.down(build.plus(units, build.masked(random, 0xFFFF)), 16)
     code = build.choose("<", magnitude, _LEAST_NORMAL_HALF, subnormal, normal)
     code = build.choose(">=", magnitude, _BEYOND_HALF[random is None], _INT(_HALF_INF), code)
-    code = build.choose(">", magnitude, _INF, _INT(0x7E00), code)
+    code = build.choose(">", magnitude, INF, _INT(0x7E00), code)
     return build.code(builder.or_(code, build.masked(build.down(bits, 16), 0x8000)))
 
 
@@ -160,7 +129,7 @@ def from_float16(builder: Any, code: Any) -> Any:
     # A product with 2**112 moves the exponent, and makes normal numbers of subnormals; exact.
     scaled = builder.fmul(builder.bitcast(raised, floats), constant(floats, 2.0**112))
     is_finite = builder.icmp_unsigned("<", magnitude, constant(ints, _HALF_INF))
-    beyond = builder.or_(raised, constant(ints, _INF))
+    beyond = builder.or_(raised, constant(ints, INF))
     found = builder.select(is_finite, builder.bitcast(scaled, ints), beyond)
     sign = builder.shl(builder.and_(bits, constant(ints, 0x8000)), constant(ints, 16))
     return builder.bitcast(builder.or_(found, sign), floats)
@@ -220,9 +189,9 @@ def halves(typing_context: Any, number: Any) -> Any:
     pair = types.UniTuple(types.int16, 2)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        build = _Bits(builder)
+        build = Bits(builder)
         bits = build.of(arguments[0])
-        is_nan = builder.icmp_unsigned(">", build.masked(bits, _ABS), _INT(_INF))
+        is_nan = builder.icmp_unsigned(">", build.masked(bits, ABS), _INT(INF))
         quiet = builder.or_(build.masked(bits, 0x80000000), _INT(0x7FC00000))
         bits = builder.select(is_nan, quiet, bits)  # one that is full of ones would turn its sign around
         code = build.down(build.plus(bits, 0x8000), 16)
@@ -237,7 +206,7 @@ def joined(typing_context: Any, code: Any, rest: Any) -> Any:
     """Return the float32 of two halves."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        build = _Bits(builder)
+        build = Bits(builder)
         high = build.up(builder.zext(arguments[0], _INT), 16)
         return build.float(builder.add(high, builder.sext(arguments[1], _INT)))
 

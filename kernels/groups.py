@@ -1,8 +1,9 @@
-"""How the units of a step are cut where moments come in blocks, and which of their pieces are stepped together.
+"""How the units of a step are cut where moments come in blocks, and which pieces are stepped together.
 
-A unit is cut where blocks begin: what is left is whole blocks of one unit, or parts of one block. The parts of a
-block share its scales, so they are a group, with what is kept of it: a frozen part has no coefficients, but its codes
-follow when a scale changes. Whole blocks of a unit are a group of their own. Without blocks, each unit is one.
+A unit is cut where blocks begin: what is left is whole blocks of one unit, or parts of one block. The parts
+of a block share its scales, so they are a group, with what is kept of it: a frozen part has no
+coefficients, but its codes follow when a scale changes. Whole blocks of a unit are a group of their own.
+Without blocks, each unit is one.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def _groups(units: Units, size: int, count: int, places: tuple[int, ...], in_blo
         gaps = units.gaps(size).whole
         gaps[:, 2] = KEPT
         kept = _cut_at_blocks(gaps)
-        pieces = np.concatenate([_cut_at_blocks(pieces), kept[~_is_whole(kept, size)]])
+        kept = cut(kept[~_is_whole(kept, size)], np.array(places, np.int64))
+        pieces = np.concatenate([_cut_at_blocks(pieces), kept])
         pieces = np.ascontiguousarray(pieces[np.argsort(pieces[:, 0], kind="stable")])
         is_part, block = ~_is_whole(pieces, size), pieces[:, 0] // BLOCK
         begins = np.ones(len(pieces), bool)

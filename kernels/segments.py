@@ -18,6 +18,7 @@ from numba.extending import overload
 from . import rules, threads
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM, step_element
+from .rows import part_of_row
 from .units import COLUMNS, Units
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -28,36 +29,6 @@ class Table(NamedTuple):
 
     units: Units
     coefficients: Array  # shape (rows, len(COLUMNS)), C-contiguous, of the dtype of the parameters
-
-
-# --- Coefficients from a row of the table -------------------------------------------------------------------
-
-
-def _take(like: Any, coefficients: Any, row: int, column: int) -> Any:
-    """Return as many coefficients of a row as the tuple ``like`` has, from ``column`` on."""
-    return tuple(coefficients[row, column : column + len(like)])
-
-
-@overload(_take, jit_options=JIT_OPTIONS, strict=False)
-def _compiled_take(like: Any, coefficients: Any, row: Any, column: Any) -> Any:
-    # Unrolled by recursion over the length, which is known at compile time.
-    if len(like) == 1:
-        return lambda like, coefficients, row, column: (coefficients[row, column],)  # noqa: ARG005
-    return lambda like, coefficients, row, column: (
-        coefficients[row, column],
-        *_take(like[1:], coefficients, row, column + 1),
-    )
-
-
-def part_of_row(like: Any, coefficients: Any, row: int, column: int) -> Any:
-    """Return a part of an update, of the type of ``like``."""
-    return type(like)(*_take(like, coefficients, row, column))
-
-
-@overload(part_of_row, jit_options=JIT_OPTIONS, strict=False)
-def _compiled_part_of_row(like: Any, coefficients: Any, row: Any, column: Any) -> Any:
-    part = like.instance_class
-    return lambda like, coefficients, row, column: part(*_take(like, coefficients, row, column))
 
 
 # --- The loop -----------------------------------------------------------------------------------------------

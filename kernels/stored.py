@@ -1,8 +1,8 @@
-"""Steps on the CPU of arrays in any storage: codes, masters, a copy, moments in blocks; with or without segments.
+"""Steps on the CPU of arrays in any storage: codes, masters, a copy, blocks; with or without segments.
 
-Memory traffic per element: 2 bytes or 1 in place of 4 for what is stored in 16 or 8 bits, each way; a master is
-read and written (4 bytes each, or 2 where it is split), a copy of the parameters written (4 or 2), and 1/16 byte
-of scales read and written for each state in 8 bits.
+Memory traffic per element: 2 bytes or 1 in place of 4 for what is stored in 16 or 8 bits, each way; a
+master is read and written (4 bytes each, or 2 where it is split), a copy of the parameters written (4 or
+2), and 1/16 byte of scales moved for each state in 8 bits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload, register_jitable
 
-from . import blocks, rules, threads
-from .blocks import larger_magnitude, part_of_row
+from . import rules, threads
+from .bounds import are_finite, larger_magnitude, limited, no_bounds, with_kept, with_step
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM
-from .distinct import memory_of, moved, prefetch
+from .distinct import memory_of, moved, pointers_to, prefetch
 from .draws import draws_after, draws_at, word_for_param
+from .elements import keep_states, load_states, store_states
 from .groups import BLOCK, KEPT, Cuts
 from .rounding import Rounding, Storage
+from .rows import part_of_row
 from .storage import at_element, load, load_param, store, store_param
 from .units import COLUMNS, Integers
+from .views import checks_of, set_scales, views_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,11 +49,14 @@ SPAN = 2**32
 
 @inlined
 def _peak(c: Any, memory: Any, size: int, finite_only: bool) -> Any:
-    """Return the bits of the largest magnitude among gradients as a rule gets them, or of those whose square is finite."""
+    """Return the bits of the largest magnitude of the gradients as the rule gets them.
+
+    With ``finite_only``, of those whose square is finite.
+    """
     params, grads, _, master, _ = memory
     peak = np.uint32(0)
     for j in range(size):
-        i = np.uint64(j)
+        i: Any = np.uint64(j)
         _, grad = rules.prepared(load_param(params, master, i), load(grads, i), rules.Update(*c))
         if not finite_only or grad * grad < np.float32(np.inf):
             peak = larger_magnitude(peak, grad)
@@ -61,11 +67,11 @@ def _peak(c: Any, memory: Any, size: int, finite_only: bool) -> Any:
 def _step_elements(c: Any, memory: Any, views: Any, checks: Any, size: int, clear: Any, draws: Any) -> None:
     params, grads, states, master, out = memory
     for j in range(size):
-        i = np.uint64(j)
+        i: Any = np.uint64(j)
         param = load_param(params, master, i)
-        state = blocks.load_states(states, i, views, checks)
+        state = load_states(states, i, views, checks)
         param, state = rules.update(param, load(grads, i), state, rules.Update(*c))
-        blocks.store_states(states, i, state, draws, views, checks)
+        store_states(states, i, state, draws, views, checks)
         store_param(params, master, i, param, word_for_param(draws))
         store(out, i, param)
         if clear is not None:  # decided by the type, when compiled
@@ -77,13 +83,13 @@ def _step_elements(c: Any, memory: Any, views: Any, checks: Any, size: int, clea
 def _keep_elements(states: Any, views: Any, checks: Any, size: int, draws: Any) -> None:
     """Write what is kept of a block with its new scales."""
     for j in range(size):
-        i = np.uint64(j)
-        blocks.keep_states(states, i, draws, views, checks)
+        i: Any = np.uint64(j)
+        keep_states(states, i, draws, views, checks)
         draws = draws_after(draws)
 
 
 @inlined
-def _is_usual(rule: Any) -> bool:
+def _is_usual(rule: Any) -> Any:
     """Return whether both averages move from their old values, not from the new ones.
 
     Where compilers know it, they need no branch for it in each element (:func:`rules.moving_average`).
@@ -113,14 +119,43 @@ def _step_blocks(c: Any, memory: Any, scales: Any, start: int, stop: int, clear:
         here, block = moved(memory, start), start // BLOCK
         prefetch(here)
         states, peak = here[2], _peak(c, here, BLOCK, False)
-        bounds = blocks.with_step(blocks.no_bounds(states), states, scales, block, peak, c[3])
-        if not blocks.are_finite(states, scales, block, bounds):
+        bounds = with_step(no_bounds(states), states, scales, block, peak, c[3])
+        if not are_finite(states, scales, block, bounds):
             break
-        views = blocks.views_of(states, scales, block, bounds, BLOCK, c[3].beta2, True)
+        views = views_of(states, scales, block, bounds, BLOCK, c[3].beta2, True)
         _step_elements(c, here, views, None, BLOCK, clear, draws_at(rounding, start))
-        blocks.set_scales(states, scales, block, bounds, views, None, BLOCK)
+        set_scales(states, scales, block, bounds, views, None, BLOCK)
         start += BLOCK
     return start
+
+
+@called
+def _bounds_of_block(
+    memory: Any,
+    scales: Any,
+    pieces: Any,
+    group: Any,
+    bounds_of_block: Any,
+    coefficients: Any,
+    decay: Any,
+    others: Any,
+    finite_only: bool,
+) -> Any:
+    """Return bounds of the new moments of a block, and the least share that is left of old second ones."""
+    start, stop = bounds_of_block
+    states, block, rule = moved(memory, start)[2], start // BLOCK, others[2]
+    bounds, least = no_bounds(states), np.float32(1)
+    for k in range(group[0], group[1]):
+        a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
+        if row == KEPT:
+            bounds = with_kept(bounds, states, scales, block)
+        else:
+            arguments = (moved(memory, a), b - a, finite_only)
+            peak = _peak_of_row(coefficients, row, decay, others, arguments)
+            rule_of_row = part_of_row(rule, coefficients, row, 1)
+            least = min(least, rule_of_row.beta2)
+            bounds = with_step(bounds, states, scales, block, peak, rule_of_row)
+    return bounds, least
 
 
 @called
@@ -138,46 +173,33 @@ def _step_block(
 ) -> None:
     """Step the pieces of one block, or a part of a piece; they may be short, frozen, or not finite."""
     start, stop = bounds_of_block
-    here, block, rule = moved(memory, start), start // BLOCK, others[2]
-    states = here[2]
-    is_finite, finite_only = False, False
-    bounds = blocks.no_bounds(states)
-    least = np.float32(1)
-    while True:
-        bounds = blocks.no_bounds(states)
-        for k in range(group[0], group[1]):
-            a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
-            if row == KEPT:
-                bounds = blocks.with_kept(bounds, states, scales, block)
-            else:
-                arguments = (moved(memory, a), b - a, finite_only)
-                peak = _peak_of_row(coefficients, row, decay, others, arguments)
-                rule_of_row = part_of_row(rule, coefficients, row, 1)
-                least = min(least, rule_of_row.beta2)
-                bounds = blocks.with_step(bounds, states, scales, block, peak, rule_of_row)
-        if finite_only:
-            bounds = blocks.limited(bounds)
-            break
-        is_finite = blocks.are_finite(states, scales, block, bounds)
-        if is_finite:
-            break
-        finite_only = True
-    views = blocks.views_of(states, scales, block, bounds, stop - start, least, is_finite)
-    checks = blocks.checks_of(states, scales, block, is_finite)
+    block, states = start // BLOCK, moved(memory, start)[2]
+    bounds, least = _bounds_of_block(
+        memory, scales, pieces, group, bounds_of_block, coefficients, decay, others, False
+    )
+    is_finite = are_finite(states, scales, block, bounds)
+    if not is_finite:
+        bounds, least = _bounds_of_block(
+            memory, scales, pieces, group, bounds_of_block, coefficients, decay, others, True
+        )
+        bounds = limited(bounds)
+    views = views_of(states, scales, block, bounds, stop - start, least, is_finite)
+    checks = checks_of(states, scales, block, is_finite)
     for k in range(group[0], group[1]):
         a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
-        place, draws = moved(memory, a), draws_at(rounding, a)
+        # Parts of a block may have keys of their own.
+        place, draws = moved(memory, a), draws_at(at_element(rounding, a), a)
         if row == KEPT:
             _keep_elements(place[2], views, checks, b - a, draws)
         else:
             _step_row(coefficients, row, decay, others, (place, views, checks, b - a, clear, draws))
-    blocks.set_scales(states, scales, block, bounds, views, checks, stop - start)
+    set_scales(states, scales, block, bounds, views, checks, stop - start)
 
 
 # --- Pieces: with the coefficients of their row -------------------------------------------------------------
 
 
-def _with_row(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_row(function: Callable[..., Any]) -> Any:
     """Let ``function(c, *arguments)`` be called with a row of the table of coefficients in place of ``c``."""
 
     def called(coefficients: Any, row: int, decay: Any, others: Any, arguments: Any) -> Any:
@@ -271,21 +293,21 @@ def _step_pieces(
     master: Any,
     out: Any,
 ) -> None:
-    memory, scales_of = memory_of(params, grads, states, master, out), blocks.pointers_to(scales)
+    memory, scales_of = memory_of(params, grads, states, master, out), pointers_to(scales)
     first, are_parts = group[0], group[1] - group[0] > 1
     start, stop, row = pieces[first, 0], pieces[first, 1], pieces[first, 2]
     keys = at_element(rounding, start)
     if are_parts:  # of one block
         start -= start % BLOCK
         stop = min(start + BLOCK, params.size)
-    usual = not are_parts and _is_usual(blocks.part_of_row(others[2], coefficients, row, 1))
+    usual = not are_parts and _is_usual(part_of_row(others[2], coefficients, row, 1))
     while start < stop:
         if usual:
             arguments = (memory, scales_of, start, stop, clear, keys)
             start = _step_blocks_of_row(coefficients, row, decay, others, arguments)
         if start < stop:
             block = (start, min(start + BLOCK, stop))
-            _step_block(memory, scales_of, pieces, group, block, coefficients, decay, others, clear, keys)
+            _step_block(memory, scales_of, pieces, group, block, coefficients, decay, others, clear, rounding)
             start += BLOCK
 
 

@@ -22,9 +22,10 @@ from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM
 from .norms import nonfinite_of_chunk
 from .observed import SUMS, WORK, step_part, step_rows, sum_of_lanes
+from .rows import part_of_row
 from .run_chunks import RunChunks
 from .segment_norms import sum_of_runs
-from .segments import Table, part_of_row
+from .segments import Table
 from .tree import LANES
 from .units import COLUMNS, Integers
 

@@ -11,7 +11,6 @@ import pytest
 
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import compiling, cpu, segments
-from fastadam.kernels.rounding import PLAIN
 
 pytestmark = pytest.mark.skipif(
     platform.machine().lower() not in {"x86_64", "amd64"}, reason="reads x86-64 assembly"
@@ -38,7 +37,7 @@ def test_loop(dtype, decay, parallel):
     empty = np.empty(0, dtype)
     buffers = (empty, empty, (empty, empty))
     table = (np.empty((0, 3), np.int64), np.zeros(1, np.int64), np.empty((0, 8), dtype))
-    ops = instructions(segments._make_loop, *buffers, *table, *c, None, *PLAIN, parallel=parallel)
+    ops = instructions(segments._make_loop, *buffers, *table, *c, None, parallel=parallel)
     plain = instructions(cpu._make_plain, *buffers, c.direction, c.decay, c.rule, parallel=False)
     for name in ("sqrt", "div", "mul", "sub"):
         # As many copies as of the plain loop, once without decay: no condition is left inside of a loop.

@@ -22,9 +22,9 @@ HYPERPARAMETERS = [
         (
             {"state_dtype": value},
             ValueError,
-            f"state_dtype must be 'float32', 'bfloat16' or a pair of them; got {value!r}.",
+            f"state_dtype must be 'float32', 'bfloat16', '8bit' or a pair of them; got {value!r}.",
         )
-        for value in ("float16", "8bit", None, 16, ("float32",), ("bfloat16", "float64"), np.float32)
+        for value in ("float16", "4bit", None, 8, ("8bit",), ("8bit", "float64"), ("8bit",) * 3, np.float32)
     ),
     (
         {"master_params": "float64"},
@@ -81,6 +81,7 @@ STEPS = {
         ValueError,
         FLOAT64.format(("float32", "bfloat16")),
     ),
+    "float64-8bit": ({"state_dtype": "8bit"}, np.float64, np.float64, ValueError, FLOAT64.format("8bit")),
     "float32-master": (
         {"master_params": "float32"},
         np.float32,
@@ -281,9 +282,9 @@ CHECKPOINTS = {
     ),
     "unknown-format": (
         {},
-        lambda: {**saved(), "state_dtype": "8bit"},
+        lambda: {**saved(), "state_dtype": "4bit"},
         ValueError,
-        "state_dtype must be 'float32', 'bfloat16' or a pair of them; got '8bit'.",
+        "state_dtype must be 'float32', 'bfloat16', '8bit' or a pair of them; got '4bit'.",
     ),
 }
 
