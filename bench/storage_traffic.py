@@ -1,12 +1,12 @@
-"""The memory roofline of a step with other storage: its bytes, in float32 words, and next to no arithmetic.
+"""The memory roofline of a step with other storage: its bytes, element by element, and next to no arithmetic.
 
-Of each chunk of elements the gradient is read and summed, and the sum is added to all that a step writes.
+As a step does, the kernel reads of each element all arrays at once, and writes all but the gradients. To take one
+array after the other, chunk by chunk, takes up to twice the time in memory: nothing is fetched ahead.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from math import ceil
 from typing import Any
 
 import numba
@@ -14,110 +14,89 @@ import numpy as np
 
 from bench.oracle import Array, Contender, WrongUpdateError
 from bench.placement import placed_copy
-from bench.storages import BYTES, Storage
+from bench.storages import Storage
+from fastadam import eight_bit
 from fastadam.kernels import threads
 from fastadam.kernels.cpu import PARALLEL_FROM
-
-_CHUNK = 2048
-"""Elements: their float32 words fit the first-level cache, four arrays of them."""
 
 _CHECKED = 2**18
 """Elements of the check, at most: enough for the parallel loop."""
 
-
-# The order of a sum is free here, so that the compiler may use all lanes.
-@numba.njit(nogil=True, fastmath={"reassoc"})  # type: ignore[untyped-decorator]
-def _sum(source: Array) -> Any:
-    total = source[0]
-    for i in range(1, source.size):
-        total += source[i]
-    return total
+# Integers of the width of each format: their sums wrap around, and round nothing.
+_WORDS = {"float32": np.int32, "bfloat16": np.int16, "split": np.int16, "8bit": np.int8}
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _add(part: Array, total: Any) -> None:
-    for i in range(part.size):
-        part[i] += total
+def _move_3(grads: Array, one: Array, two: Array, three: Array) -> None:
+    for i in numba.prange(grads.size):
+        one[i] += grads[i]
+        two[i] += 1
+        three[i] += 1
 
 
-def _move(grads: Array, written: tuple[Array, ...], widths: tuple[int, ...], width: int) -> None:
-    for c in numba.prange((grads.size + width - 1) // width):
-        total = _sum(grads[c * width : (c + 1) * width])
-        for k in range(len(widths)):
-            _add(written[k][c * widths[k] : (c + 1) * widths[k]], total)
+def _move_4(grads: Array, one: Array, two: Array, three: Array, four: Array) -> None:
+    for i in numba.prange(grads.size):
+        one[i] += grads[i]
+        two[i] += 1
+        three[i] += 1
+        four[i] += 1
 
 
-_serial = numba.njit(_move, nogil=True)
-_parallel = numba.njit(_move, nogil=True, parallel=True)
-
-
-def words(size: int, width: float) -> int:
-    """Return the float32 words that hold an array."""
-    return ceil(size * width / 4)
+_serial = {3: numba.njit(_move_3, nogil=True), 4: numba.njit(_move_4, nogil=True)}
+_parallel = {
+    3: numba.njit(_move_3, nogil=True, parallel=True),
+    4: numba.njit(_move_4, nogil=True, parallel=True),
+}
 
 
 class Traffic:
-    """The buffers of a step that stores so, as float32 words.
+    """The buffers of a step that stores so, as integers of the width of each format.
 
     Parameters
     ----------
     storage : Storage
-    grads : ndarray
-        Float32, at least as many words as the gradients have.
+        Of parameters and gradients of one format.
     size : int
         Elements of the step.
     """
 
-    def __init__(self, storage: Storage, grads: Array, size: int) -> None:
-        self.size = size
-        self.width = words(_CHUNK, BYTES[storage.grads])
-        self.widths = tuple(words(_CHUNK, width) for width in storage.written)
-        self.grads = placed_copy(grads[: words(size, BYTES[storage.grads])])
-        zero = np.zeros(1, np.float32)
-        self.written = tuple(
-            placed_copy(np.broadcast_to(zero, words(size, width))) for width in storage.written
-        )
+    def __init__(self, storage: Storage, size: int) -> None:
+        def zeros(kind: str) -> Any:
+            return placed_copy(np.broadcast_to(np.zeros(1, _WORDS[kind]), size))
+
+        arrays = (storage.params, *storage.state, *([storage.master] if storage.master else []))
+        self.grads = zeros(storage.grads)
+        self.grads += 1
+        self.written = tuple(zeros(kind) for kind in arrays)
+        scales = eight_bit.blocks_of(size) * sum(kind == "8bit" for kind in storage.state)
+        self.scales = placed_copy(np.zeros(scales, np.int32))
 
     def move(self) -> None:
-        """Add the sum of each chunk of gradients to what is written, on the threads of a step."""
-        if self.size < PARALLEL_FROM:
-            _serial(self.grads, self.written, self.widths, self.width)
+        """Read all, and add to all but the gradients, on the threads of a step."""
+        size, count = self.grads.size, len(self.written)
+        if size < PARALLEL_FROM:
+            _serial[count](self.grads, *self.written)
         elif threads.numba_is_safe():
-            _parallel(self.grads, self.written, self.widths, self.width)
+            _parallel[count](self.grads, *self.written)
         else:
-            chunks = -(-self.grads.size // self.width)
-            each = -(-chunks // threads.count())
-            threads.run_in_pool([partial(self._part, a, a + each) for a in range(0, chunks, each)])
+            pieces = threads.pieces(size, threads.count())
+            threads.run_in_pool([partial(self._part, a, b) for a, b in pieces])
+        if self.scales.size:
+            self.scales += 1
 
-    def _part(self, first: int, last: int) -> None:
-        written = tuple(
-            array[first * width : last * width]
-            for array, width in zip(self.written, self.widths, strict=True)
-        )
-        _serial(self.grads[first * self.width : last * self.width], written, self.widths, self.width)
+    def _part(self, start: int, stop: int) -> None:
+        arrays: list[Any] = [array[start:stop] for array in (self.grads, *self.written)]
+        _serial[len(self.written)](*arrays)
 
 
 def check(traffic: Traffic) -> None:
-    """Raise WrongUpdateError unless all words of new buffers are read and written."""
-    grads = traffic.grads.astype(np.float64)
-    starts = np.arange(0, grads.size, traffic.width)
-    sums = np.add.reduceat(grads, starts)
-    # Each addition rounds by at most half of eps, relative to a sum of at most one chunk's magnitudes.
-    allowed = _CHUNK * float(np.finfo(np.float32).eps) * np.add.reduceat(np.abs(grads), starts)
+    """Raise WrongUpdateError unless all elements of new buffers are read and written."""
     traffic.move()
-    for array, width in zip(traffic.written, traffic.widths, strict=True):
-        chunk = np.minimum(np.arange(array.size) // width, sums.size - 1)
-        if not np.all(np.abs(array - sums[chunk]) <= allowed[chunk]):
-            raise WrongUpdateError("the kernel must add the sum of a chunk to all that is written.")
+    for array in (*traffic.written, traffic.scales):
+        if not np.all(array == 1):
+            raise WrongUpdateError("the kernel must add one to all that is written.")
 
 
 def start(params: Array, grads: Array, *, storage: Storage) -> Contender:
-    """Return the kernel as a contender; it has checked itself.
-
-    Its values stay finite and normal: a sum of equal terms stops growing where the next term is below its
-    rounding.
-    """
-    checked = min(params.size, _CHECKED)
-    check(Traffic(storage, grads[:checked], checked))
-    traffic = Traffic(storage, grads, params.size)
-    return Contender(traffic.move, lambda: params, lambda _: None)
+    """Return the kernel as a contender; it has checked itself."""
+    check(Traffic(storage, min(params.size, _CHECKED)))
+    return Contender(Traffic(storage, params.size).move, lambda: params, lambda _: None)
