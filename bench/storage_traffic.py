@@ -1,7 +1,7 @@
 """The memory roofline of a step with other storage: its bytes, element by element, and next to no arithmetic.
 
-As a step does, the kernel reads of each element all arrays at once, and writes all but the gradients. To take one
-array after the other, chunk by chunk, takes up to twice the time in memory: nothing is fetched ahead.
+As a step does, the kernel reads of each element all arrays at once, and writes all but the gradients. To take
+one array after the other, chunk by chunk, takes up to twice the time in memory: nothing is fetched ahead.
 """
 
 from __future__ import annotations

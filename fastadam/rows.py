@@ -120,6 +120,10 @@ class Rows:
         self.coefficients[:, _STEP_SIZE] = rules.step_size(self._lr, corrections1)
         self.coefficients[:, _INVERSE] = (1 / self._corrections2.at(step))[self._of_beta2]
 
+    def take(self, c: rules.Update) -> None:
+        """Take the coefficients of a step from the optimizer's own, where there are no others: 2 us less."""
+        self.coefficients[0] = (np.nan if c.decay is None else c.decay[0], *c.rule)
+
     # --- Where they are formed in GPU memory ----------------------------------------------------------------
 
     @property

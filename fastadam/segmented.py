@@ -43,11 +43,12 @@ class Segmented:
         self.c, self.size, self.step = c, size, 0
         self.storage: Storage = PLAIN
         self.kinds: tuple[object, ...] = ()  # what a loop is compiled for because of it
-        self._cuts: Any = None
+        self._cuts: tuple[Any, Any] | None = None
         self._loops = loops
         self._units = segments.units(size)
         self._chunks = partial(segments.chunks, self._units)
         self._rows = Rows(segments, hyperparameters, c)
+        self._has_segments = len(self._rows.coefficients) > 1
         self._table = loops.Table(self._units, self._rows.coefficients)
         self._norm: Any = None
         self._telemetry: Any = None
@@ -97,7 +98,10 @@ class Segmented:
 
     def plan(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> Callable[[], None]:
         """Return the call that takes the step number ``step``."""
-        self._rows.form(self.step)
+        if self._has_segments:
+            self._rows.form(self.step)
+        else:
+            self._rows.take(c)
         c = self._rows.with_decay(c)
         take: Callable[[], None]
         if self.storage is not PLAIN and self._telemetry is not None:
@@ -114,18 +118,18 @@ class Segmented:
 
     def _stored(self) -> tuple[Any, Any]:
         """Return the loops for other than plain arrays, and where they cut the buffers."""
-        from fastadam.kernels import stored
-        from fastadam.kernels.groups import Cuts
-
         if self._cuts is None:
-            self._cuts = Cuts(self._units, self.size)
-        return stored, self._cuts
+            from fastadam.kernels import stored
+            from fastadam.kernels.groups import Cuts
+
+            self._cuts = stored, Cuts(self._units, self.size)
+        return self._cuts
 
     def _stored_telemetry(self) -> Any:
         """Return the same, looked at."""
-        from fastadam.kernels.stored_telemetry import StoredTelemetry
-
         if self._observes is None:
+            from fastadam.kernels.stored_telemetry import StoredTelemetry
+
             self._observes = StoredTelemetry(self._chunks(), self._units, self.size)
         return self._observes
 

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .formats import MULTIPLIER, WEYL
+from .rounding import MULTIPLIER, WEYL
 
 _INT = ir.IntType(32)
 _DRAWS = types.UniTuple(types.uint32, 2)
