@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastadam import bias_correction, streams
+from fastadam import bias_correction, precision, streams
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, KernelTypes
@@ -140,7 +140,15 @@ def _make(
     lrs = _lrs(h, c, rows, step)  # may raise
     if rows is not None:
         place = (kernels, like.device, stream)
-        units = DeviceUnits(*place, types, like.size, covered, rows.tables(), observed=h.telemetry)
+        units = DeviceUnits(
+            *place,
+            types,
+            like.size,
+            covered,
+            rows.tables(),
+            observed=h.telemetry,
+            in_blocks="8bit" in precision.pair(h.state_dtype),
+        )
     return Clock(
         kernels,
         like.device,

@@ -40,7 +40,8 @@ def storage_of(
     copy = None if out is None else _copy_of_params(kernels, out, params, grads, state, stream)
     types = _types_of(h, params.dtype, grads.dtype, None if copy is None else copy.dtype)
     seed = (_signed(mixed(h.seed)), h.offset) if types.rounds else None
-    return DeviceStorage(types, state._master, copy, seed)
+    scales = tuple(state._scales[k] for k in types.in_blocks)
+    return DeviceStorage(types, state._master, copy, seed, scales=scales)
 
 
 def types_of(h: Hyperparameters, dtype: np.dtype[Any]) -> StoredTypes | None:

@@ -621,7 +621,7 @@ class FusedAdam(Tunables):
         names, master = h.state, stored.master_of(h)
         if state._arrays:
             buffers.require_same_size("flat_params", params, "the state", state._layout)
-        stored.require_possible(h, params.dtype, on_device=isinstance(params, DeviceBuffer))
+        stored.require_possible(h, params.dtype)
         kinds = precision.of_states(names, h.state_dtype)
         if isinstance(params, DeviceBuffer):
             if streams.is_captured(kernels, params, cast("DeviceBuffer", grads)):

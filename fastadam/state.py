@@ -37,7 +37,8 @@ class State:
     cannot be set; the moments are flat views of the optimizer's own memory, with the size of the parameters
     and the dtype of the arithmetic or that of ``state_dtype``, and writing to them changes the state; to see
     bfloat16 needs ml_dtypes, and moments in 8 bits are read-only copies in float32. On a GPU they are arrays
-    of the backend's library (CuPy or Numba), and what writes to them must be in stream order with the steps.
+    of the backend's library (CuPy or Numba), and what writes to them must be in stream order with the steps;
+    on a GPU those in 8 bits are such copies in CPU memory, too, and to ask for one waits for the device.
 
     Parameters
     ----------
@@ -102,7 +103,7 @@ class State:
             self._views[:-1] if has_master else self._views
         )  # a kernel's states
         # Of each of them, an empty one where it has none; nothing where no moment is in blocks.
-        self._scales: tuple[buffers.Array, ...] = scales[: len(self._arrays)] if any(in_blocks) else ()
+        self._scales: tuple[Any, ...] = scales[: len(self._arrays)] if any(in_blocks) else ()
         # Of the size and the dtype of the arithmetic, in no memory to speak of.
         self._layout: Buffer = np.broadcast_to(np.zeros((), dtype), size)
         self._step = step
@@ -138,23 +139,27 @@ class State:
         names, dtypes = kept(names, stored, master, math)
         place = like.pointer // like.dtype.itemsize % (PACK // math.itemsize)
         lengths = [like.size * dtype.itemsize for dtype in dtypes]
-        strides = [-(-length // _CACHE_LINE) * _CACHE_LINE for length in lengths]
-        starts = [
-            start + place * dtype.itemsize
-            for start, dtype in zip(accumulate(strides, initial=0), dtypes, strict=False)
-        ]
+        # Behind them scales, of each state some or none; at places of their own.
+        n_arrays = len(names) - (master is not None)
+        counts = [eight_bit.blocks_of(like.size) if dtype in _IN_BLOCKS else 0 for dtype in dtypes[:n_arrays]]
+        places = [*(place * dtype.itemsize for dtype in dtypes), *(0 for _ in counts)]
+        ends = [at + n for at, n in zip(places, [*lengths, *(4 * n for n in counts)], strict=True)]
+        strides = [-(-end // _CACHE_LINE) * _CACHE_LINE for end in ends]
+        starts = [start + at for start, at in zip(accumulate(strides, initial=0), places, strict=False)]
+        starts, of_scales = starts[: len(dtypes)], starts[len(dtypes) :]
         total = sum(strides) + _CACHE_LINE
         if host._arrays:
             image = np.zeros(total, np.uint8)
-            for start, moment in zip(starts, host._views, strict=False):
+            pairs = [*zip(starts, host._views, strict=False), *zip(of_scales, host._scales, strict=False)]
+            for start, moment in pairs:
                 image[start : start + moment.nbytes] = moment.view(np.uint8)
             memory = kernels.to_device(image, like.device, stream)
         else:
             memory = kernels.zeros(total, like.device, stream)
 
-        def buffer(start: int, size: int, dtype: Any) -> DeviceBuffer:
+        def buffer(start: int, size: int, dtype: Any, owner: Any = memory) -> DeviceBuffer:
             address = kernels.address(memory) + start
-            return DeviceBuffer(address, size, np.dtype(dtype), like.device, stream, memory)
+            return DeviceBuffer(address, size, np.dtype(dtype), like.device, stream, owner)
 
         state = cls(step=host._step)
         state._names, state._kernels = names, kernels
@@ -170,6 +175,11 @@ class State:
         state._master = None if master is None else arrays.pop()
         state._arrays = tuple(arrays)
         state._layout = buffer(0, like.size, math)
+        if not set(_IN_BLOCKS).isdisjoint(dtypes):
+            state._scales = tuple(
+                buffer(start, count, np.float32, memory[start : start + 4 * count].view(np.float32))
+                for start, count in zip(of_scales, counts, strict=True)
+            )
         return state
 
     @classmethod
@@ -276,12 +286,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
-        kernels = self._kernels
-        if kernels is None:
-            copies = [view.copy() for view in self._views]
-        else:
-            device = cast("DeviceBuffer", self._block).device
-            copies = [kernels.to_host(view, device) for view in self._views]
+        copies = list(map(self._copy, self._views))
         as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
         copies = [
             copy.view(as_codes.get(self._kind_of(name), copy.dtype))
@@ -289,11 +294,21 @@ class State:
         ]
         names = [name + loading.SCALES for name in self._names]
         scales = {
-            name: of_state.copy()
+            name: self._copy_of_scales(of_state)
             for name, of_state in zip(names, self._scales, strict=False)
             if of_state.size
         }
         return {"step": self.step, **dict(zip(self._names, copies, strict=True)), **scales}
+
+    def _copy(self, view: Any) -> buffers.Array:
+        """Return a copy of a view in CPU memory; waits for the device."""
+        kernels = self._kernels
+        if kernels is None:
+            return view.copy()  # type: ignore[no-any-return]
+        return kernels.to_host(view, cast("DeviceBuffer", self._block).device)
+
+    def _copy_of_scales(self, scales: Any) -> buffers.Array:
+        return self._copy(scales.owner if isinstance(scales, DeviceBuffer) else scales)
 
     def _kind_of(self, name: str) -> str:
         """Return the format of a state; of what is not coded "float32"."""
@@ -327,7 +342,12 @@ class State:
         k = self._names.index(name)
         view, kind = self._views[k], self._kind_of(name)
         if kind == "8bit":
-            numbers = eight_bit.decode(view, self._scales[k])
+            codes, scales = (
+                (view, self._scales[k])
+                if self._kernels is None
+                else (self._copy(view), self._copy_of_scales(self._scales[k]))
+            )
+            numbers = eight_bit.decode(codes, scales)
             numbers.flags.writeable = False  # to write to them would change nothing
             return numbers
         return formats.shown(view) if kind == "bfloat16" else view[:]

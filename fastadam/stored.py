@@ -18,10 +18,8 @@ from fastadam.segments import Segment, Segments
 from fastadam.state import MASTERS, State
 
 
-def require_possible(h: Hyperparameters, dtype: np.dtype[Any], *, on_device: bool = False) -> None:
+def require_possible(h: Hyperparameters, dtype: np.dtype[Any]) -> None:
     """Raise ValueError unless parameters of a dtype can be kept as the hyperparameters say."""
-    if on_device and "8bit" in precision.pair(h.state_dtype):
-        raise ValueError(f"state_dtype must not be '8bit' on a GPU, for now; got {h.state_dtype!r}.")
     if h.master_params is None and (h.state_dtype == "float32" or dtype != formats.FLOAT64):
         return
     kind = formats.name_of(dtype)

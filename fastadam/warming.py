@@ -49,7 +49,7 @@ def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: 
     types = c.scaled_types if scaled else c.types
     update = c.update(1, grad_scale=1.0 if scaled else None)
     if name != "cpu":
-        stored.require_possible(h, params.dtype, on_device=True)
+        stored.require_possible(h, params.dtype)
         types = types._replace(stored=device_stored.types_of(h, params.dtype))
         if opt.segments or opt.telemetry:
             decay = Rows(Segments(opt.segments), h, c).decay

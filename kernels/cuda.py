@@ -16,6 +16,7 @@ import numpy as np
 
 from . import grids, rules
 from .device_storage import DeviceStorage, StoredTypes
+from .groups import BLOCK
 
 Array: TypeAlias = Any
 """An array of the library in device memory."""
@@ -180,7 +181,8 @@ class Cuda(ABC):
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
         if storage is not None:
             pointers += (*storage.pointers, *keys)
-        launches = [clock.units.step(pointers, clock.arguments, stored)]
+        layout = _packs(params, grads, states, storage)
+        launches = [clock.units.step(pointers, clock.arguments, stored, layout)]
         return partial(self._queue_launches, launches, params, grads, prepare, storage)
 
     def plan_report(self, params: DeviceBuffer, clock: Any) -> Callable[[], None]:
@@ -205,17 +207,15 @@ class Cuda(ABC):
         storage: DeviceStorage | None,
         prepare: Callable[[], None] | None,
     ) -> None:
-        size, itemsize = params.size, params.dtype.itemsize
+        size, resident = params.size, self.resident_threads(params.device)
         pointers = (params.pointer, grads.pointer, *(state.pointer for state in states))
-        places = pointers
+        head, packs = _packs(params, grads, states, storage)
+        itemsize = params.dtype.itemsize if storage is None else grids.MATH.itemsize
+        blocks = grids.blocks(size, packs, itemsize, resident)
         if storage is not None:
             pointers += storage.pointers
-            stored = [buffer for buffer in (storage.master, storage.out) if buffer is not None]
-            widths = [buffer.dtype.itemsize for buffer in (params, grads, *states, *stored)]
-            itemsize = grids.MATH.itemsize
-            places = grids.as_of(itemsize, pointers, widths)
-        head, packs = grids.packs(places, itemsize, size)
-        blocks = grids.blocks(size, packs, itemsize, self.resident_threads(params.device))
+            if storage.types.in_blocks:  # of which a warp takes one at a time
+                blocks = grids.tree_blocks(-(-size // BLOCK), resident)
         arguments = (*pointers, *keys, size, head, packs, *coefficients)
         self._queue_launches([(kernel, blocks, grids.BLOCK, arguments)], params, grads, prepare, storage)
 
@@ -347,6 +347,18 @@ class Cuda(ABC):
     @abstractmethod
     def resident_threads(self, device: int) -> int:
         """Return how many threads a device holds at once."""
+
+
+def _packs(
+    params: DeviceBuffer, grads: DeviceBuffer, states: Sequence[DeviceBuffer], storage: DeviceStorage | None
+) -> tuple[int, int]:
+    """Return the elements before the first pack of buffers, and the packs."""
+    buffers = (params, grads, *states) if storage is None else (params, grads, *states, *storage.beside)
+    places = tuple(buffer.pointer for buffer in buffers)
+    if storage is None:
+        return grids.packs(places, params.dtype.itemsize, params.size)
+    widths = [buffer.dtype.itemsize for buffer in buffers]
+    return grids.packs(grids.as_of(grids.MATH.itemsize, places, widths), grids.MATH.itemsize, params.size)
 
 
 def same_stream(stream: int, other: int) -> bool:

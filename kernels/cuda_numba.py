@@ -20,7 +20,15 @@ from cuda import pathfinder
 from cuda.bindings import driver, nvjitlink
 from numba import cuda, types
 
-from . import cubins, cuda_decide, cuda_loop, cuda_stored_loop, cuda_units_decide, cuda_units_loop
+from . import (
+    cubins,
+    cuda_blocks_loop,
+    cuda_decide,
+    cuda_loop,
+    cuda_stored_loop,
+    cuda_units_decide,
+    cuda_units_loop,
+)
 from .compiling import digest
 from .cuda import (
     CLOCK_ENTRIES,
@@ -40,6 +48,9 @@ _LINK_OPTIONS = ("-lto", "-fma=0", "-ftz=0", "-prec-div=1", "-prec-sqrt=1")
 _MOST_REGISTERS = {("step_units_observed", "float32"): 128}
 """Of a kernel and dtype that take up to 136 if they are not told, of which one block fits a multiprocessor,
 not two. In float64 it would spill."""
+
+_MOST_REGISTERS_IN_BLOCKS = 128
+"""Of steps of moments in blocks: those over units of AMSGrad with all else take 130 (sm_90)."""
 
 _C_TYPES: dict[type, Any] = {
     int: ctypes.c_int64,
@@ -81,6 +92,9 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     if kinds.stored is not None:
         buffers = _stored_buffers(entry, kinds.stored)
     decided = (pointer, _INTEGERS, _INTEGERS)
+    if entry in UNIT_STEPS and kinds.stored is not None and kinds.stored.in_blocks:
+        tables = (types.CPointer(types.int32), _INTEGERS, _INTEGERS, *[_INTEGER] * 3, pointer)
+        return (*buffers, *tables, *decided)
     if entry in UNIT_STEPS:
         tables = (_INTEGERS, _INTEGERS, _INTEGER, pointer)
         sums = (_DOUBLES, _INTEGER) if entry == "step_units_observed" else ()
@@ -100,11 +114,12 @@ def _stored_buffers(entry: str, stored: StoredTypes) -> tuple[Any, ...]:
     kept = [*stored.states, *(dtype for dtype in (stored.master, stored.out) if dtype is not None)]
     params, grads, *others = map(_pointer_to, (stored.params, stored.grads, *kept))
     keys = (_INTEGERS,) * stored.rounds
-    if entry in UNIT_STEPS:
+    scales = [types.UniTuple(types.CPointer(types.float32), len(stored.in_blocks))] * bool(stored.in_blocks)
+    if entry in UNIT_STEPS and not scales:
         return params, grads, types.Tuple((*others, *keys))
     if entry == "step":
         keys = (_INTEGER,) * (2 * stored.rounds)
-    return types.Tuple((params, grads, *others)), types.Tuple(keys)
+    return types.Tuple((params, grads, *others)), *scales, types.Tuple(keys)
 
 
 def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
@@ -112,6 +127,8 @@ def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
         module = cuda_decide if entry in CLOCK_ENTRIES else cuda_units_decide
         function: Callable[..., None] = getattr(module, entry)
         return function
+    if kinds.stored is not None and kinds.stored.in_blocks:
+        return cuda_blocks_loop.make_step_in_blocks(kinds, entry)
     if entry in UNIT_STEPS:
         return cuda_units_loop.make_step_units(kinds, observed=entry == "step_units_observed")
     make = cuda_loop.make_step if kinds.stored is None else cuda_stored_loop.make_step_stored
@@ -143,6 +160,8 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
         opt=True,
     )
     registers = _MOST_REGISTERS.get((entry, kinds.dtype.name))
+    if kinds.stored is not None and kinds.stored.in_blocks:
+        registers = _MOST_REGISTERS_IN_BLOCKS
     limit = () if registers is None else (f"-maxrregcount={registers}",)
     return _link(code, entry, f"sm_{capability[0]}{capability[1]}", *limit, *options)
 

@@ -65,7 +65,9 @@ def source(types: KernelTypes, *, units: bool = False) -> str:
     if units:
         parts += [translate(rules.vanishes, {}), _read("units.cu")]
     if types.stored is not None:
-        parts += [cuda_stored_source.arrays(types), _read("stored.cu")]
+        in_blocks = ["eight_bits.cu"] if types.stored.in_blocks else []
+        parts += [*map(_read, in_blocks), cuda_stored_source.arrays(types), _read("stored.cu")]
+        parts += [_read("blocks.cu")] if in_blocks else []
     return "\n\n".join([*parts, _unit_steps(types) if units else _steps(types)])
 
 
@@ -128,6 +130,7 @@ _LOOP = """const auto update_element = [&](Real param, Real grad, auto state) {{
     }};
     step_elements(params, grads, states, size, head, packs, {skip}, update_element);"""
 _STORED_LOOP = "step_stored(arrays, size, head, packs, {skip}, rounding, c);"
+_BLOCK_LOOP = "step_in_blocks(arrays, scales, size, head, packs, {skip}, rounding, c);"
 _DECIDED = "const Real* coefficients, long long* step, const long long* skip"
 
 
@@ -136,7 +139,7 @@ def _steps(types: KernelTypes) -> str:
     stored = [f"coefficients[{k}]" for k in range(len(types.coefficients))]
     layout = "long long size, long long head, long long packs"
     eager, captured = cuda_stored_source.keys(types)
-    loop = _LOOP if types.stored is None else _STORED_LOOP
+    loop = _LOOP if types.stored is None else _BLOCK_LOOP if types.stored.in_blocks else _STORED_LOOP
 
     def body(skip: str, keys: str, coefficients: list[str], last: str = "") -> str:
         return f"""{{
@@ -170,6 +173,25 @@ def _unit_steps(types: KernelTypes) -> str:
     grad = "const Real" if types.clear is type(None) else "Real"
     elements = f"Elements<{types.n_states}, {grad}>{{params, grads, states}}"
     keys = cuda_stored_source.keys(types)[1]
+    coefficients = f"""[&](long long at) {{
+        const Real* const row = rows + COLUMNS * at;
+        return Update{{{", ".join(parts)}}};
+    }}"""
+    if types.stored is not None and types.stored.in_blocks:
+        layout = (
+            "const int* of_block, const long long* pieces, const long long* first_piece,"
+            " long long size, long long head, long long packs"
+        )
+        return f"""{_update(kinds)}
+
+{_kernel(_resident(types) - grids.FEWER_CAPTURED)}
+step_units({_buffers(types)}{keys.parameters}, {layout}, const Real* rows, {_DECIDED})
+{{
+    {_states(types)}{keys.rounding}
+    const BlockTable table{{of_block, pieces, first_piece}};
+    step_units_in_blocks(arrays, scales, table, size, head, packs, *skip, rounding, {coefficients});
+    {_COUNT}
+}}"""
     if types.stored is not None:
         elements = "StoredElements<decltype(rounding)>{arrays, rounding}"
 
@@ -178,10 +200,7 @@ def _unit_steps(types: KernelTypes) -> str:
 {_kernel(resident)}
 {name}({_buffers(types)}{keys.parameters}, {tables}, {_DECIDED}{more}) {{
     {begin}{_states(types)}{keys.rounding}
-    step_chunks<{clears}>({elements}, Pieces{{pieces, first_piece, chunks}}, *skip, [&](long long at) {{
-        const Real* const row = rows + COLUMNS * at;
-        return Update{{{", ".join(parts)}}};
-    }}, {seen});
+    step_chunks<{clears}>({elements}, Pieces{{pieces, first_piece, chunks}}, *skip, {coefficients}, {seen});
     {_COUNT}
 }}"""
 

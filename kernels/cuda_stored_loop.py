@@ -33,7 +33,8 @@ class _Use(NamedTuple):
     writes: tuple[bool, ...]
 
 
-def _use(kinds: KernelTypes, stored: StoredTypes) -> _Use:
+def use_of(kinds: KernelTypes, stored: StoredTypes) -> _Use:
+    """Return which buffers a kernel reads and writes."""
     states = (True,) * len(stored.states)
     master, out = (True,) * (stored.master is not None), stored.out is not None
     reads_params = stored.master is None or stored.master != MATH  # else that has all of them
@@ -61,7 +62,8 @@ if hasattr(cuda, "extending"):
 
         def vector(builder: Any, pointer: Any, i: Any) -> tuple[Any, int]:
             kind = ir.VectorType(pointer.type.pointee, TOGETHER)
-            width = 4 if isinstance(pointer.type.pointee, ir.FloatType) else 2
+            kept = pointer.type.pointee
+            width = 4 if isinstance(kept, ir.FloatType) else kept.width // 8
             return builder.bitcast(builder.gep(pointer, [i]), kind.as_pointer()), TOGETHER * width
 
         def loaded(builder: Any, pointer: Any, i: Any) -> list[Any]:
@@ -115,7 +117,7 @@ if hasattr(cuda, "extending"):
 # --- Elements -----------------------------------------------------------------------------------------------
 
 
-def _at(place: int | None) -> Any:
+def at_place(place: int | None) -> Any:
     """Return the device function: buffers -> that at a place, or None."""
 
     def nothing(arrays: Any) -> None:
@@ -127,7 +129,7 @@ def _at(place: int | None) -> Any:
     return cuda.jit(device=True)(nothing if place is None else one)
 
 
-def _make_rounding(stored: StoredTypes) -> Any:
+def make_rounding(stored: StoredTypes) -> Any:
     """Return the device function: the keys of the step and the index of element 0 -> :class:`Rounding`."""
 
     def nearest(bits: int, first: int) -> None:
@@ -142,8 +144,8 @@ def _make_rounding(stored: StoredTypes) -> Any:
 def _make_step_one(kinds: KernelTypes, stored: StoredTypes) -> Any:
     """Return the device function that steps one element: at ``k`` of some buffers, ``i`` of the whole."""
     behind = 2 + len(stored.states)
-    master_of = _at(None if stored.master is None else behind)
-    out_of = _at(None if stored.out is None else behind + (stored.master is not None))
+    master_of = at_place(None if stored.master is None else behind)
+    out_of = at_place(None if stored.out is None else behind + (stored.master is not None))
     clears = kinds.clear is not type(None)
 
     @cuda.jit(device=True)
@@ -173,9 +175,9 @@ def make_step_stored(kinds: KernelTypes, *, captured: bool) -> Callable[..., Non
     stored: StoredTypes = kinds.stored  # type: ignore[assignment]
     places = tuple(range(len(kinds.coefficients)))
     clears, rounds = kinds.clear is not type(None), stored.rounds
-    update_of, rounding_of = make_update(kinds), _make_rounding(stored)
+    update_of, rounding_of = make_update(kinds), make_rounding(stored)
     step_one = _make_step_one(kinds, stored)
-    load_stage, store_stage = make_stage(_use(kinds, stored), 1)
+    load_stage, store_stage = make_stage(use_of(kinds, stored), 1)
 
     @cuda.jit(device=True)
     def step_elements(arrays: Any, size: int, head: int, packs: int, c: Any, rounding: Any) -> None:
@@ -231,9 +233,9 @@ def make_stored_piece(kinds: KernelTypes) -> Any:
     As that of :mod:`fastadam.kernels.cuda_units_loop`, of buffers behind which the keys may lie.
     """
     stored: StoredTypes = kinds.stored  # type: ignore[assignment]
-    rounds, use = stored.rounds, _use(kinds, stored)
+    rounds, use = stored.rounds, use_of(kinds, stored)
     n_arrays = len(use.reads)
-    rounding_of, step_one = _make_rounding(stored), _make_step_one(kinds, stored)
+    rounding_of, step_one = make_rounding(stored), _make_step_one(kinds, stored)
     load_stage, store_stage = make_stage(use, LANES)
 
     @cuda.jit(device=True)

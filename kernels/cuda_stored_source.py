@@ -10,7 +10,15 @@ from .cuda import KernelTypes
 from .device_storage import StoredTypes
 from .rounding import MULTIPLIER, WEYL, WEYL_OF_HIGH
 
-_NAMES = {"float32": "Real", "float64": "Real", "uint16": "Float16", "int16": "Bfloat16"}
+_NAMES = {
+    **dict.fromkeys(("float32", "float64"), "Real"),
+    "uint16": "Float16",
+    "int16": "Bfloat16",
+    "int8": "Signed",
+    "uint8": "Unsigned",
+}
+_SCALES = 3
+"""States that may have scales: all but the average behind them."""
 
 
 def name_of(dtype: np.dtype[Any] | None) -> str:
@@ -56,14 +64,21 @@ def arrays(types: KernelTypes) -> str:
 
 
 def buffers(types: KernelTypes) -> str:
-    """Return the parameters of a kernel that are its buffers."""
-    return ", ".join(f"{buffer.kind}* {buffer.name}" for buffer in _of(types) if buffer.is_there)
+    """Return the parameters of a kernel that are its buffers, and their scales."""
+    found = [f"{buffer.kind}* {buffer.name}" for buffer in _of(types) if buffer.is_there]
+    stored: StoredTypes = types.stored  # type: ignore[assignment]
+    return ", ".join([*found, *(f"unsigned* scales{k}" for k in stored.in_blocks)])
 
 
 def together(types: KernelTypes) -> str:
-    """Return the statement that has them together."""
+    """Return the statements that have them together."""
     values = ", ".join(buffer.name if buffer.is_there else "nullptr" for buffer in _of(types))
-    return f"const Arrays arrays{{{values}}};"
+    found = f"const Arrays arrays{{{values}}};"
+    in_blocks = types.stored.in_blocks if types.stored else ()
+    if not in_blocks:
+        return found
+    scales = ", ".join(f"scales{k}" if k in in_blocks else "nullptr" for k in range(_SCALES))
+    return f"{found}\n    const Scales scales{{{{{scales}}}}};"
 
 
 class Keys(NamedTuple):

@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import grids
+from .block_tables import block_tables
 from .cuda import Cuda, KernelTypes
 from .device_storage import StoredTypes
+from .groups import BLOCK as SCALED
 from .run_chunks import RunChunks
 from .tree import CHUNK
 from .units import Integers, RowTables, Units
@@ -40,6 +42,8 @@ class DeviceUnits:
         Of the coefficients.
     observed : bool
         Whether a step has sums of what it sees.
+    in_blocks : bool
+        Whether some states come in blocks.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class DeviceUnits:
         rows: RowTables,
         *,
         observed: bool,
+        in_blocks: bool = False,
     ) -> None:
         self.observed = observed
         self._backend, self._device, self._types = backend, device, types
@@ -64,10 +69,12 @@ class DeviceUnits:
 
         tables: list[Any] = [chunks.bounds, chunks.pieces, chunks.first_piece, gaps, rows.places]
         tables += [rows.weight_decays, rows.corrections, *chunks.levels, rows.coefficients]
-        flat = [np.ascontiguousarray(table).reshape(-1).view(np.uint8) for table in tables]
-        self._memory = backend.to_device(np.concatenate(flat), device, stream)
-        ends = np.cumsum([table.size for table in flat])
-        starts = [int(at) + backend.address(self._memory) for at in np.append(0, ends[:-1])]
+        self._memory, starts = self._placed(tables, stream)
+        self._size, self._pieces_of_blocks = size, None
+        if in_blocks:
+            found = block_tables(units, size)
+            self._of_blocks, (first, second, last) = self._placed(list(found), stream)
+            self._pieces_of_blocks = (last, first, second)
         self._bounds, self._pieces, self._first, self._gaps_at, self._places = starts[:5]
         self._weight_decays, self._corrections = starts[5:7]
         self._coefficients, self._decoupled = starts[-1], int(rows.decoupled)
@@ -79,6 +86,13 @@ class DeviceUnits:
         arrays = 3 if observed else 1
         self._sums_memory = backend.zeros(_PAIR * arrays * self._apart, device, stream)
         self._sums = backend.address(self._sums_memory)
+
+    def _placed(self, tables: list[Any], stream: int) -> tuple[Any, list[int]]:
+        """Copy tables to the device; return their memory, and where each begins."""
+        flat = [np.ascontiguousarray(table).reshape(-1).view(np.uint8) for table in tables]
+        memory = self._backend.to_device(np.concatenate(flat), self._device, stream)
+        ends = np.cumsum([table.size for table in flat])
+        return memory, [int(at) + self._backend.address(memory) for at in np.append(0, ends[:-1])]
 
     @property
     def step_entry(self) -> str:
@@ -124,14 +138,24 @@ class DeviceUnits:
         return [self._over_chunks("clear_units", self._gaps, arguments, dtype)] if self._gaps else []
 
     def step(
-        self, pointers: tuple[int, ...], decided: tuple[int, ...], stored: StoredTypes | None = None
+        self,
+        pointers: tuple[int, ...],
+        decided: tuple[int, ...],
+        stored: StoredTypes | None = None,
+        layout: tuple[int, int] = (0, 0),
     ) -> Launch:
-        """Return the step of some buffers; ``decided`` is what a clock has for it."""
-        tables = (self._pieces, self._first, self._chunks, self._coefficients)
+        """Return the step of some buffers; ``decided`` is what a clock has for it.
+
+        ``layout`` is what :func:`grids.packs` says of them, where states come in blocks.
+        """
+        tables: tuple[int, ...] = (self._pieces, self._first, self._chunks, self._coefficients)
         seen = (self._sums, self._apart) if self.observed else ()
         types = self._types._replace(stored=stored)
         kernel = self._backend.kernel(self.step_entry, types, self._device)
         blocks = grids.tree_blocks(self._chunks, self._resident)
+        if self._pieces_of_blocks is not None:
+            tables = (*self._pieces_of_blocks, self._size, *layout, self._coefficients)
+            blocks = grids.tree_blocks(-(-self._size // SCALED), self._resident)
         return kernel, blocks, grids.BLOCK, (*pointers, *tables, *decided, *seen)
 
     def conclude(self, skip: int, report: int) -> list[Launch]:

@@ -35,7 +35,7 @@ _SHARED = SEEN * BLOCK
 # --- Coefficients -------------------------------------------------------------------------------------------
 
 
-def _make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
+def make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
     """Return the device functions: coefficients of all, and of a row -> an update, with decay and without."""
     stops = list(accumulate(len(getattr(kind, "_fields", ())) for kind in kinds.parts))
     starts = [0, *stops[:-1]]
@@ -52,6 +52,22 @@ def _make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
         return rules.Update(conditioning(shared), direction(shared), None, rule(row), average(shared))
 
     return decayed, undecayed
+
+
+@cuda.jit(device=True)
+def load_row(rows: Any, row: int) -> Any:
+    """Return the coefficients of a row."""
+    at = _WIDTH * row
+    return (
+        rows[at],
+        rows[at + 1],
+        rows[at + 2],
+        rows[at + 3],
+        rows[at + 4],
+        rows[at + 5],
+        rows[at + 6],
+        rows[at + 7],
+    )
 
 
 # --- What is seen of an element -----------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
     places = tuple(range(len(kinds.coefficients)))
     clears = kinds.clear is not type(None)
     has_decay = kinds.decay is not type(None)
-    decayed, undecayed = _make_updates(kinds)
+    decayed, undecayed = make_updates(kinds)
     plain = kinds.stored is None
     step_piece = _make_piece(kinds, observed=observed) if plain else make_stored_piece(kinds)
 
@@ -216,20 +232,6 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
                     i += LANES
             piece += 1
         return seen
-
-    @cuda.jit(device=True)
-    def load_row(rows: Any, row: int) -> Any:
-        at = _WIDTH * row
-        return (
-            rows[at],
-            rows[at + 1],
-            rows[at + 2],
-            rows[at + 3],
-            rows[at + 4],
-            rows[at + 5],
-            rows[at + 6],
-            rows[at + 7],
-        )
 
     def step_units(
         params: Any,

@@ -27,9 +27,21 @@ _PRELUDE = """
 #include <optional>
 struct Dimension { unsigned x; };
 static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
-static std::optional<std::barrier<>> gate;
-extern "C" void gather(unsigned threads) { gate.emplace(threads); }
+static std::optional<std::barrier<>> gate, warps[8];
+extern "C" void gather(unsigned threads) {
+    gate.emplace(threads);
+    for (unsigned warp = 0; warp < threads / 32; ++warp) warps[warp].emplace(32);
+}
 static inline void __syncthreads() { gate->arrive_and_wait(); }
+static inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+[[maybe_unused]] static unsigned __shfl_xor_sync(unsigned, unsigned value, int apart) {
+    static unsigned values[256];
+    values[threadIdx.x] = value;
+    __syncwarp();
+    const unsigned found = values[threadIdx.x ^ apart];
+    __syncwarp();
+    return found;
+}
 #define __shared__ static
 #define __global__
 #define __launch_bounds__(threads, blocks)
@@ -66,6 +78,8 @@ def _c(value):
 
 MEETING = {"measure", "decide", "measure_units", "sum_groups", "step_units_observed", "conclude"}
 """Kernels whose threads wait for each other: each gets a thread of its own."""
+STEPS = {"step", "step_captured", "step_units"}
+"""Kernels that do where states come in blocks."""
 
 POOL = ThreadPoolExecutor(256)
 
@@ -197,9 +211,10 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         return ndarray(host, current.device)
 
     class Kernel:
-        def __init__(self, library, name, device):
+        def __init__(self, library, name, device, in_blocks):
             self.function, self.place, self.gather = library[name], library.place, library.gather
             self.name, self.device = name, device
+            self.meets = name in MEETING or (in_blocks and name in STEPS)
             self.function.restype = None
 
         def run(self, block, threads, blocks, values, thread):
@@ -216,7 +231,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
             def run():
                 cupy.log.append((self.name, self.device, stream, blocks))
                 for number in range(blocks):
-                    if self.name in MEETING:
+                    if self.meets:
                         self.gather(threads)
                         block = partial(self.run, number, threads, blocks, values)
                         list(POOL.map(block, range(threads)))
@@ -234,7 +249,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
 
         def get_function(self, name):
             assert re.search(rf'extern "C" __global__ void [^{{;]*\b{name}\(', self.code)
-            return Kernel(self.library, name, current.device)
+            return Kernel(self.library, name, current.device, "__syncwarp" in self.code)
 
     def pointer_attributes(pointer):
         device = next(device for first, end, device in reversed(owners) if first <= pointer < end)

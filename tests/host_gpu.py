@@ -36,6 +36,9 @@ class HostGpu(Cuda):
     GRID = 2, 2
     """Blocks, and threads of each: few, so that they loop. No grid affects the bits."""
 
+    WARPS = 2, 256
+    """The same of kernels that take threads in whole warps."""
+
     OF_WARPS = "step_units", "clear_units"
     """Kernels that need whole warps, of which the threads do not wait for each other."""
 
@@ -62,7 +65,7 @@ class HostGpu(Cuda):
 
     def launch(self, kernel, blocks, threads, args, _device, _stream):
         whole = threads == 1 or kernel.waits or kernel in self._of_warps
-        grid = (blocks, threads) if whole else self.GRID
+        grid = (blocks, threads) if whole else self.WARPS if kernel.exchanges else self.GRID
         passed = [np.float64(argument) if type(argument) is float else argument for argument in args]
         kernel.launch(*grid, passed, self.memory)
 

@@ -86,6 +86,7 @@ class Memory:
 U32, U64 = 2**32 - 1, 2**64 - 1
 TYPES = {"f32": "np.float32", "f64": "np.float64", "u32": "np.uint32", "u64": "np.uint64"}
 TYPES |= {"u16": "np.uint16", "b16": "np.uint16", "s16": "np.int16", "b32": "np.uint32"}
+TYPES |= {"u8": "np.uint8", "s8": "np.int8", "b8": "np.uint8", "s32": "np.int32"}
 
 
 def signed(value: int, bits: int = 64) -> int:
@@ -94,8 +95,16 @@ def signed(value: int, bits: int = 64) -> int:
     return value - (value >> (bits - 1) << bits)
 
 
+def permuted(low: int, high: int, selector: int) -> int:
+    """Return four bytes out of eight, each at the place that four bits of a selector say."""
+    assert not selector & 0x8888, "no signs"
+    eight = low | high << 32
+    return sum((eight >> 8 * (selector >> 4 * k & 7) & 0xFF) << 8 * k for k in range(4))
+
+
 EXPRESSIONS: dict[str, str] = {
-    **{f"mov.{kind}": "{0}" for kind in ("u32", "u64", "f32", "f64")},
+    **{f"mov.{kind}": "{0}" for kind in ("u64", "f32", "f64")},
+    "mov.u32": "{0} & U32",
     **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "u32", "u64", "b64", "f32", "f64")},
     "cvta.to.global.u64": "{0}",
     "cvt.u64.u32": "{0}",
@@ -121,7 +130,7 @@ EXPRESSIONS: dict[str, str] = {
     "and.b64": "{0} & {1}",
     "or.b64": "{0} | {1}",
     "not.b64": "{0} ^ U64",
-    "or.b32": "{0} | {1}",
+    "or.b32": "({0} | {1}) & U32",
     "or.pred": "{0} or {1}",
     "and.pred": "{0} and {1}",
     "not.pred": "not {0}",
@@ -149,7 +158,7 @@ EXPRESSIONS |= {  # 16 bits, which registers of 16 and of 32 hold, and float16 i
     "or.b16": "({0} | {1}) & 0xFFFF",
     "mul.lo.s32": "({0} * {1}) & U32",
     "mad.lo.s32": "({0} * {1} + {2}) & U32",
-    "xor.b32": "{0} ^ {1}",
+    "xor.b32": "({0} ^ {1}) & U32",
     "xor.b64": "{0} ^ {1}",
     "selp.b32": "{0} if {2} else {1}",
     "setp.nan.f32": "{0} != {0} or {1} != {1}",
@@ -158,10 +167,40 @@ EXPRESSIONS |= {  # 16 bits, which registers of 16 and of 32 hold, and float16 i
     "cvt.rn.f16.f32": "int(np.float16({0}).view(np.uint16))",
     "cvt.rzi.u32.f32": "min(int(min(max({0}, np.float32(0)), np.float32(2**32))), U32) if {0} == {0} else 0",
 }
+EXPRESSIONS |= {  # of moments in 8 bits
+    "not.b32": "{0} ^ U32",
+    "not.b16": "{0} ^ 0xFFFF",
+    "xor.b16": "({0} ^ {1}) & 0xFFFF",
+    "shl.b16": "({0} << {1}) & 0xFFFF",
+    "shr.u16": "({0} & 0xFFFF) >> {1}",
+    "neg.s32": "-{0} & U32",
+    "cvt.u32.u8": "{0} & 0xFF",
+    "cvt.u16.u8": "{0} & 0xFF",
+    "cvt.u64.u16": "{0} & 0xFFFF",
+    "cvt.s32.s8": "signed({0}, 8) & U32",
+    "cvt.s16.s8": "signed({0}, 8) & 0xFFFF",
+    "selp.u16": "{0} if {2} else {1}",
+    "selp.s64": "{0} if {2} else {1}",
+    "selp.b16": "{0} if {2} else {1}",
+    "min.u32": "min({0}, {1} & U32)",
+    "max.u32": "max({0}, {1} & U32)",
+    "min.s32": "min({0}, {1}, key=lambda value: signed(value, 32))",
+    "max.s32": "max({0}, {1}, key=lambda value: signed(value, 32))",
+    "bfe.u32": "{0} >> {1} & (1 << {2}) - 1",
+    "bfi.b32": "({1} & ~((1 << {3}) - 1 << {2}) | ({0} & (1 << {3}) - 1) << {2}) & U32",
+    "rcp.rn.f32": "np.float32(1) / {0}",
+    "min.f32": "min({0}, {1})",  # of numbers
+    "prmt.b32": "permuted({0}, {1}, {2})",
+}
 """What PTX computes, in Python: integers are unsigned of their width, floats are NumPy scalars.
 
 NumPy's ``+ - * /`` and ``sqrt`` of scalars are ``.rn`` without ``.ftz``.
 """
+
+for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
+    for _kind in ("u16", "b16"):
+        EXPRESSIONS[f"setp.{_name}.{_kind}"] = f"({{0}} & 0xFFFF) {_symbol} ({{1}} & 0xFFFF)"
+    EXPRESSIONS[f"setp.{_name}.s16"] = f"signed({{0}}, 16) {_symbol} signed({{1}}, 16)"
 
 for _kind in ("f32", "f64"):
     EXPRESSIONS[f"neg.{_kind}"] = "-{0}"
@@ -180,6 +219,8 @@ for _kind in ("f32", "f64"):  # of a NaN, nothing is true but what is unordered
     EXPRESSIONS[f"setp.ne.{_kind}"] = "{0} < {1} or {0} > {1}"
     EXPRESSIONS[f"setp.neu.{_kind}"] = "{0} != {1}"
     EXPRESSIONS[f"setp.num.{_kind}"] = "{0} == {0} and {1} == {1}"
+    EXPRESSIONS[f"setp.geu.{_kind}"] = "not {0} < {1}"
+    EXPRESSIONS[f"setp.ltu.{_kind}"] = "not {0} >= {1}"
 
 
 # --- Programs -----------------------------------------------------------------------------------------------
@@ -197,6 +238,9 @@ class Program:
         self._shared = _shared(entry)
         self.waits = any(op.startswith("bar.sync") for _, op, _ in code)
         """Whether the threads of a block wait for each other."""
+        self.exchanges = any(re.match(_EXCHANGE, op) for _, op, _ in code)
+        """Whether the lanes of a warp exchange numbers: they wait for no others then."""
+        assert not (self.waits and self.exchanges)
         labels = [instruction.op for instruction in code if instruction.op.startswith("$")]
         self._blocks = {label: number for number, label in enumerate(labels, start=1)}
         # A jump names a block and goes back to the top, from where all blocks before that one are skipped.
@@ -217,6 +261,7 @@ class Program:
         self.unreached = set(labels)
         """Labels that no thread has come to."""
         scope = {"unreached": self.unreached, "np": np, "signed": signed, "U32": U32, "U64": U64}
+        scope["permuted"] = permuted
         exec("\n".join(lines), scope)
         self._run = scope["run"]
 
@@ -230,6 +275,9 @@ class Program:
                 self.thread(block, thread, blocks, threads, arguments, memory, shared)
                 for thread in range(threads)
             ]
+            for warp in range(0, threads, WARP) if self.exchanges else ():
+                with np.errstate(all="ignore"):
+                    _exchange(runs[warp : warp + WARP])
             while self.waits and runs:
                 with np.errstate(all="ignore"):
                     waiting = [run for run in runs if next(run, None)]
@@ -262,6 +310,8 @@ class Program:
             return f"block = {self._blocks[operands[0]]}; continue"
         if name == "ret":
             return "return"
+        if re.match(_EXCHANGE, op):
+            return _exchanged(op, operands)
         if name == "bar":
             return "yield True"
         if op.startswith("ld.param.") and kind in TYPES:
@@ -294,6 +344,45 @@ def _shared(entry: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+# --- Warps: what lanes give to each other -------------------------------------------------------------------
+
+WARP = 32
+_EXCHANGE = r"shfl\.sync\.bfly\.b32|redux\.sync\.max\.u32|bar\.warp\.sync"
+
+
+def _exchanged(op: str, operands: list[str]) -> str:
+    """Return the Python of an instruction by which a lane gives a number to all others, and gets one."""
+    if op == "bar.warp.sync":
+        return f"yield '{op}', 0, 0, {_value(operands[0])}"
+    result, _, _ = operands[0].partition("|")  # behind it, whether there was a lane to get it from
+    value, *others = map(_value, operands[1:])
+    mask, apart = others[-1], others[0] if len(others) > 1 else 0
+    return f"{_value(result)} = yield '{op}', {value}, {apart}, {mask}"
+
+
+def _exchange(lanes: list[Iterator]) -> None:
+    """Run the lanes of a warp, from one exchange to the next: all of them take part in all."""
+    asked = [next(lane, None) for lane in lanes]
+    while any(asked):
+        assert all(asked), "lanes of a warp left others at an exchange"
+        ops, values, aparts, masks = zip(*asked, strict=True)
+        assert len(lanes) == WARP, "a warp that is not whole"
+        assert len(set(ops)) == len(set(aparts)) == 1, "lanes are not where others are"
+        assert {mask & U32 for mask in masks} == {U32}, "lanes that are not there"
+        if ops[0].startswith("shfl"):
+            answers = [values[k ^ aparts[0]] for k in range(WARP)]
+        else:
+            answers = [max(values)] * WARP
+        asked = [_sent(lane, answer) for lane, answer in zip(lanes, answers, strict=True)]
+
+
+def _sent(lane: Iterator, answer: object) -> object:
+    try:
+        return lane.send(answer)
+    except StopIteration:
+        return None
+
+
 def _access(name: str, kind: str, operands: list[str], memory: str = "memory") -> str:
     """Return the Python of a load from, or a store to, global or shared memory."""
     registers, place = operands if name == "ld" else operands[::-1]
@@ -304,9 +393,10 @@ def _access(name: str, kind: str, operands: list[str], memory: str = "memory") -
     if name == "ld":
         loaded = f"{memory}.load({address}, {len(values)}, {TYPES[kind]})"
         if kind.startswith("s"):  # extended to the width of a register
-            loaded = f"(int(value) & U32 for value in {loaded})"
+            width = "U64" if values[0].startswith("rd") else "U32"
+            loaded = f"(int(value) & {width} for value in {loaded})"
         return f"{', '.join(values)}, = {f'map(int, {loaded})' if integer else loaded}"
-    lowest = " & 0xFFFF" if kind.endswith("16") else ""
+    lowest = {"16": " & 0xFFFF", "b8": " & 0xFF", "u8": " & 0xFF"}.get(kind[-2:], "")
     stored = ", ".join(f"{TYPES[kind]}({value}{lowest})" if integer else value for value in values)
     return f"{memory}.store({address}, {TYPES[kind]}, {stored})"
 

@@ -1,10 +1,11 @@
-"""On a real GPU: 16-bit storage has the CPU's bits, eager, captured, with segments and sums."""
+"""On a real GPU: 16-bit and 8-bit storage has the CPU's bits, eager, captured, with segments and sums."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
 import pytest
+from block_cases import BLOCK_CASES, assert_same_state, gradients_of
 from gpu_libraries import MODES, of_backend
 from storage_cases import CASES, DTYPES, case_id, encoded, options
 from tolerances import assert_same_bits
@@ -174,3 +175,66 @@ def test_a_checkpoint_moves_between_machines(backend, rng):
         for grads in gradients[2:]:
             again.step(expected, grads)
         assert_same_bits(found, expected)
+
+
+# --- Moments in 8 bits --------------------------------------------------------------------------------------
+
+
+def in_blocks(library, backend, size, case, rng, *, capturable=False, **flags):
+    """Step on the CPU and on the device with the same gradients, of which some are not finite."""
+    flags = {**options(case), "seed": 3, "offset": 2**32 - 128, **flags}
+    flags["segments"] = parts(size) if case["segments"] else ()
+    params = encoded(rng.standard_normal(size).astype("f4"), case["params"])
+    cpu = FusedAdam(backend="cpu", **flags)
+    device = FusedAdam(backend=backend, capturable=capturable, **flags)
+    buffer = put(library, params)
+    for left in gradients_of(rng, size, case["grads"]):
+        sent = put(library, left)
+        cpu.step(params, left, grad_scale=case["grad_scale"])
+        device.step(buffer, sent, grad_scale=case["grad_scale"])
+        assert repr(device.last_step) == repr(cpu.last_step)  # NaN is NaN
+        library.synchronize()
+        assert_same_bits(get(library, sent), left, "gradients")
+        assert_same_bits(get(library, buffer), params, "params")
+        assert_same_state(device.state_dict(), cpu.state_dict())
+    return device, cpu
+
+
+@MODES
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=case_id)
+def test_all_pairs_of_features_in_8_bits(backend, rng, case, capturable):
+    library = of_backend(backend)
+    for size in (300, 100_003):
+        in_blocks(library, backend, size, case, rng, capturable=capturable)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 2**20 + 77])
+def test_sizes_in_8_bits(backend, rng, size):
+    library = of_backend(backend)
+    params, gradients = problem(rng, size + 1, "float32", "float32")
+    for at in (0, 1):
+        cpu, device = (FusedAdam(backend=name, state_dtype="8bit") for name in ("cpu", backend))
+        ours, theirs = params.copy(), put(library, params)
+        for grads in gradients:
+            cpu.step(ours[at:], grads[at:])
+            device.step(theirs[at:], put(library, grads)[at:])
+        library.synchronize()
+        assert_same_bits(get(library, theirs), ours)
+        assert_same_state(device.state_dict(), cpu.state_dict())
+
+
+def test_a_checkpoint_in_8_bits_moves_between_machines(backend, rng):
+    library, case = of_backend(backend), {**BLOCK_CASES[0], "state_dtype": "8bit", "segments": False}
+    device, cpu = in_blocks(library, backend, 4099, case, rng)
+    flags = {**options(case), "seed": 3, "offset": 2**32 - 128}
+    params = encoded(rng.standard_normal(4099).astype("f4"), case["params"])
+    grads = encoded(rng.standard_normal(4099).astype("f4"), case["grads"])
+    one, other = FusedAdam(backend=backend, **flags), FusedAdam(backend="cpu", **flags)
+    one.load_state_dict(cpu.state_dict())
+    other.load_state_dict(device.state_dict())
+    buffer = put(library, params)
+    one.step(buffer, put(library, grads))
+    other.step(params, grads)
+    library.synchronize()
+    assert_same_bits(get(library, buffer), params)
+    assert_same_state(one.state_dict(), other.state_dict())

@@ -47,6 +47,7 @@ FLOORS = [
     {"formats", "kernels.views"},
     {"kernels.elements"},
     {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.run_chunks", "kernels.threads"},
+    {"kernels.block_tables", "kernels.cuda_block_views"},
     {"kernels.cuda_decide", "kernels.cuda_loop", "kernels.cuda_stored_source", "kernels.cuda_units"},
     {
         "kernels.cuda_clock",
@@ -55,6 +56,7 @@ FLOORS = [
         "kernels.cuda_units_decide",
     },
     {"kernels.cuda_units_loop", "kernels.norms"},
+    {"kernels.cuda_blocks_loop"},
     {"kernels.cpu", "kernels.segment_norms"},
     {"kernels.cuda_cupy", "kernels.cuda_numba", "kernels.stored"},
     {"kernels.segments"},

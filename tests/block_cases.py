@@ -1,0 +1,44 @@
+"""Cases of storage with moments in 8 bits, and gradients that blocks of them have to cope with."""
+
+from __future__ import annotations
+
+import numpy as np
+from storage_cases import CASES, encoded
+
+_INSTEAD = {
+    "float32": "8bit",
+    "bfloat16": ("8bit", "bfloat16"),
+    ("bfloat16", "float32"): ("bfloat16", "8bit"),
+    ("float32", "bfloat16"): ("8bit", "float32"),
+}
+BLOCK_CASES = [{**case, "state_dtype": _INSTEAD[case["state_dtype"]]} for case in CASES]
+"""Those of storage, with 8 bits in place of one format of moments or the other."""
+
+ODD = {"seed": 3, "offset": 2**32 - 20}
+"""Other random bits than by default, and two keys for one buffer."""
+
+
+def gradients_of(rng, size, kind, steps=4):
+    """Return gradients of all magnitudes; from the second step on some are not finite, or their squares."""
+    found = 10.0 ** rng.uniform(-6, 3, (steps, size)) * rng.standard_normal((steps, size))
+    found[1:, [size // 3, size - 1]] = np.array([1e30, np.nan])
+    found[2:, 5 % size] = np.inf
+    return [encoded(each.astype("f4"), kind) for each in found]
+
+
+def assert_same_state(saved, expected):
+    """Fail unless state dicts are the same; of the codes of NaN, the sign carries nothing."""
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.asarray(saved[name]).dtype == np.asarray(value).dtype
+        np.testing.assert_equal(_unsigned(saved, name), _unsigned(expected, name), name)
+
+
+def _unsigned(state, name):
+    codes, scales = state[name], state.get(f"{name}_scales")
+    if getattr(codes, "dtype", None) == np.uint16:  # bfloat16
+        return np.where(codes & 0x7FFF > 0x7F80, 0x7FFF, codes)
+    if name != "exp_avg" or scales is None:
+        return codes
+    is_flagged = np.repeat(np.signbit(scales), 128)[: codes.size]
+    return np.where(is_flagged & (codes & 127 == 127), 127, codes)
