@@ -125,8 +125,8 @@ def squares_of_step(typing_context: Any, after: Any, before: Any, size: Any) -> 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def add(pointers: list[Any]) -> None:
             new, old = (widen(builder, _load_row(builder, pointer, element)) for pointer in pointers)
-            for terms, lanes, flags in ((builder.fsub(new, old), moved, ()), (new, left, ("contract",))):
-                square = builder.fmul(terms, terms, flags=flags)
+            for row, lanes, flags in ((builder.fsub(new, old), moved, ()), (new, left, ("contract",))):
+                square = builder.fmul(row, row, flags=flags)
                 builder.store(builder.fadd(builder.load(lanes), square, flags=flags), lanes)
 
         element, zeros = ir.FloatType(), ir.Constant(_LANES_OF_FLOAT64, [0.0] * LANES)

@@ -354,11 +354,15 @@ def test_threads_are_restored() -> None:
     assert numba.get_num_threads() == before
 
 
+OBJECTS = 16 * 1024
+"""Bytes of Python objects that an optimizer may keep, whatever the size of the buffers."""
+
+
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_a_storage_keeps_what_it_promises(name: str) -> None:
     size = 2**18
-    kept = memory.kept(size, STORAGES[name]) / size
-    assert STORAGES[name].bytes_kept <= kept <= STORAGES[name].most_bytes_kept
+    kept = memory.kept(size, STORAGES[name])
+    assert STORAGES[name].bytes_kept * size <= kept <= STORAGES[name].most_bytes_kept * size + OBJECTS
 
 
 def test_memory_has_a_row_for_each_storage() -> None:
@@ -368,7 +372,7 @@ def test_memory_has_a_row_for_each_storage() -> None:
     for row in rows:
         found = STORAGES[row["name"]]
         assert row["bytes"] == pytest.approx(row["bytes_per_element"] * size)
-        assert row["bytes"] == pytest.approx(found.bytes_kept * size, rel=0.03)
+        assert found.bytes_kept * size <= row["bytes"] <= 1.03 * found.bytes_kept * size + OBJECTS
         assert (row["target"], row["params"]) == (found.most_bytes_kept, found.params)
 
 
