@@ -27,7 +27,7 @@ import numba
 import numpy as np
 from numba import types
 from numba.core.caching import FunctionCache
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 from . import (
     bits,
@@ -46,6 +46,12 @@ from . import (
 )
 
 JIT_OPTIONS = {"error_model": "numpy"}
+INLINED = {**JIT_OPTIONS, "forceinline": True}
+
+called = register_jitable(**JIT_OPTIONS)
+"""Decorates functions that loops call."""
+inlined = register_jitable(**INLINED)
+"""Decorates those of a block: as calls, their arguments took a tenth of the time."""
 
 _EMITTERS = (
     bits,

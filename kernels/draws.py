@@ -13,7 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .rounding import MULTIPLIER, WEYL
+from .formats import mixed, place
+from .rounding import WEYL
 
 _INT = ir.IntType(32)
 _DRAWS = types.UniTuple(types.uint32, 2)
@@ -34,9 +35,8 @@ def draws_at(typing_context: Any, rounding: Any, i: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *keys, first = cgutils.unpack_tuple(builder, arguments[0])
-        low = builder.trunc(builder.add(first, arguments[1]), _INT)
-        place = builder.mul(low, _INT(WEYL))
-        return context.make_tuple(builder, _DRAWS, [builder.add(place, key) for key in keys])
+        at = place(builder, first, arguments[1])
+        return context.make_tuple(builder, _DRAWS, [builder.add(at, key) for key in keys])
 
     return _DRAWS(rounding, i), emit
 
@@ -54,13 +54,9 @@ def draws_after(typing_context: Any, draws: Any) -> Any:
     return draws(draws), emit
 
 
-def _mixed(builder: Any, draw: Any) -> Any:
-    return builder.mul(builder.xor(draw, builder.lshr(draw, _INT(15))), _INT(MULTIPLIER))
-
-
 def words_for_states(builder: Any, draws: Any) -> list[Word]:
     """Emit random bits for each of at most three states; an average behind them is not rounded."""
-    one, other = (_mixed(builder, draw) for draw in cgutils.unpack_tuple(builder, draws))
+    one, other = (mixed(builder, draw) for draw in cgutils.unpack_tuple(builder, draws))
     upper, upper_of_other = (builder.lshr(word, _INT(16)) for word in (one, other))
     return [Word(one, one), Word(one, upper), Word(other, upper_of_other)]
 
@@ -72,6 +68,6 @@ def word_for_param(typing_context: Any, draws: Any) -> Any:
         return types.none(draws), lambda context, *_: context.get_dummy_value()
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _mixed(builder, cgutils.unpack_tuple(builder, arguments[0])[1])
+        return mixed(builder, cgutils.unpack_tuple(builder, arguments[0])[1])
 
     return types.uint32(draws), emit

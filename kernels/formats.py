@@ -216,6 +216,16 @@ def joined(typing_context: Any, code: Any, rest: Any) -> Any:
 # --- Random bits --------------------------------------------------------------------------------------------
 
 
+def place(builder: Any, first: Any, i: Any) -> Any:
+    """Emit what element ``first + i`` adds to a key; the next one adds ``WEYL`` more."""
+    return builder.mul(builder.add(builder.trunc(first, _INT), builder.trunc(i, _INT)), _INT(WEYL))
+
+
+def mixed(builder: Any, word: Any) -> Any:
+    """Emit the random bits of a key with a place."""
+    return builder.mul(builder.xor(word, builder.lshr(word, _INT(15))), _INT(MULTIPLIER))
+
+
 @intrinsic
 def random_bits(typing_context: Any, key: Any, first: Any, i: Any) -> Any:
     """Return 32 random bits of element ``first + i`` for a key, of which its lower 32 bits count.
@@ -225,9 +235,8 @@ def random_bits(typing_context: Any, key: Any, first: Any, i: Any) -> Any:
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        low = builder.add(builder.trunc(arguments[1], _INT), builder.trunc(arguments[2], _INT))
-        word = builder.add(builder.mul(low, _INT(WEYL)), arguments[0])
-        return builder.mul(builder.xor(word, builder.lshr(word, _INT(15))), _INT(MULTIPLIER))
+        key, first, index = arguments
+        return mixed(builder, builder.add(place(builder, first, index), key))
 
     is_index = isinstance(i, types.Integer) and i.bitwidth == 64
     return (types.uint32(types.uint32, types.uint64, i), emit) if is_index else None

@@ -19,7 +19,7 @@ from . import rules, threads
 from .compiling import JIT_OPTIONS, jit, writable_and_not
 from .cpu import PARALLEL_FROM, step_element
 from .rows import part_of_row
-from .units import COLUMNS, Units
+from .units import COLUMNS, Units, each_share
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -158,13 +158,9 @@ def plan(
     loop, shares = parallel if by_numba else serial, units.shares(count)
     calls = [
         partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear)
-        for first in ([shares.first] if by_numba else _pairs(shares.first))
+        for first in ([shares.first] if by_numba else each_share(shares.first))
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
-
-
-def _pairs(first: Array) -> list[Array]:
-    return [first[k : k + 2] for k in range(first.size - 1)] or [first]
 
 
 def prepare(

@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numba import prange, types
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from . import rules, threads
 from .bounds import are_finite, larger_magnitude, limited, no_bounds, with_kept, with_step
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import INLINED, called, inlined, jit, writable_and_not
 from .cpu import PARALLEL_FROM
 from .distinct import memory_of, moved, pointers_to, prefetch
 from .draws import draws_after, draws_at, word_for_param
@@ -27,16 +27,10 @@ from .groups import BLOCK, KEPT, Cuts
 from .rounding import Rounding, Storage
 from .rows import part_of_row
 from .storage import at_element, load, load_param, store, store_param
-from .units import COLUMNS, Integers
+from .units import COLUMNS, Integers, each_share
 from .views import checks_of, set_scales, views_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-INLINED = {**JIT_OPTIONS, "forceinline": True}
-inlined = register_jitable(**INLINED)
-"""Decorates functions of the loop: as calls for each block, their arguments took a tenth of the time."""
-
-called = register_jitable(**JIT_OPTIONS)
 
 SPAN = 2**32
 """Elements, by their index in the whole buffer, that share a key: a piece does not go across."""
@@ -220,7 +214,7 @@ _peak_of_row, _step_row = _with_row(_peak), _with_row(_step_elements)
 _step_run_of_row, _step_blocks_of_row = _with_row(_step_run), _with_row(_step_blocks)
 
 
-def _step_group(
+def step_group(
     params: Any,
     grads: Any,
     states: Any,
@@ -238,7 +232,7 @@ def _step_group(
     """Step the pieces of a group."""
 
 
-@overload(_step_group, jit_options=INLINED, strict=False)
+@overload(step_group, jit_options=INLINED, strict=False)
 def _compiled_step_group(
     params: Any,
     grads: Any,
@@ -339,7 +333,7 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         for share in prange(first_group.size - 1):
             for k in range(first_group[share], first_group[share + 1]):
                 group, others = (first_piece[k], first_piece[k + 1]), (conditioning, direction, rule, average)
-                _step_group(
+                step_group(
                     params,
                     grads,
                     states,
@@ -419,13 +413,9 @@ def plan(
             clear,
             *storage,
         )
-        for first in ([groups.first_group] if by_numba else _pairs(groups.first_group))
+        for first in ([groups.first_group] if by_numba else each_share(groups.first_group))
     ]
     return calls[0] if len(calls) == 1 else threads.in_pool(calls)
-
-
-def _pairs(first: Array) -> list[Array]:
-    return [first[k : k + 2] for k in range(first.size - 1)] or [first]
 
 
 def prepare(

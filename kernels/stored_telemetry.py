@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numba import prange, types
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from . import rules, threads
 from .chunks import squares_of_step, sum_of_squares
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import JIT_OPTIONS, called, jit, writable_and_not
 from .cpu import PARALLEL_FROM
 from .distinct import memory_of, moved
 from .groups import BLOCK, KEPT, Cuts, Groups
@@ -30,14 +30,12 @@ from .norms import nonfinite_of_chunk
 from .rounding import Storage
 from .run_chunks import RunChunks
 from .storage import load, load_param
-from .stored import _step_group, spans
+from .stored import spans, step_group
 from .telemetry import fold
 from .tree import CHUNK
 from .units import COLUMNS, Integers, Units
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-called = register_jitable(**JIT_OPTIONS)
 
 
 class Tables(NamedTuple):
@@ -138,7 +136,7 @@ def _step(
     """Step a group: gradients are cleared later, when they were counted."""
     conditioning, direction, decay, rule, average = c
     others = (conditioning, direction, rule, average)
-    _step_group(
+    step_group(
         params, grads, states, scales, pieces, group, coefficients, decay, others, None, rounding, master, out
     )
 

@@ -114,6 +114,11 @@ def cut(units: Integers, places: Integers) -> Integers:
     return units
 
 
+def each_share(first: Integers) -> list[Integers]:
+    """Return the table of the first units of shares cut into one for each share."""
+    return [first[k : k + 2] for k in range(first.size - 1)] or [first]
+
+
 def _share(units: Integers, count: int) -> Shares:
     if count == 1 or not len(units):
         return Shares(units, np.array([0, len(units)]))
