@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import marshal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -126,12 +126,16 @@ def jit(make_loop: Callable[[str], Callable[..., Any]], *, parallel: bool = Fals
     return dispatcher
 
 
-def writable_and_not(dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return two empty arrays, the second read-only: two types to Numba."""
+def each_form(
+    loops: Iterable[Any], dtype: np.dtype[Any], *, written: bool = False
+) -> Iterator[tuple[Any, np.ndarray[Any, Any]]]:
+    """Yield loops with empty gradients of each type that Numba compiles them for: writable and not."""
     empty: np.ndarray[Any, Any] = np.empty(0, dtype)
     read_only = empty[:]
     read_only.flags.writeable = False
-    return empty, read_only
+    for grads in (empty,) if written else (empty, read_only):
+        for loop in loops:
+            yield loop, grads
 
 
 # What Numba compiles for a call of a function of the rules: the type of the coefficients decides.

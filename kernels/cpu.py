@@ -16,7 +16,7 @@ from numba import prange
 from numba.extending import overload
 
 from . import rules, threads
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import JIT_OPTIONS, each_form, jit
 from .norms import measure, scratch_size
 from .norms import prepare as prepare_measure
 from .storage import load, store
@@ -188,8 +188,7 @@ def prepare(
 
 def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
-    empty, read_only = writable_and_not(dtype)
+    empty = np.empty(0, dtype)
     one, many, rest = _loops(c, clear)
-    for grads in (empty, read_only) if clear is None else (empty,):
-        for loop in (one, many) if threads.numba_is_safe() else (one,):
-            loop(empty, grads, (empty,) * n_states, *rest)
+    for loop, grads in each_form(threads.usable(one, many), dtype, written=clear is not None):
+        loop(empty, grads, (empty,) * n_states, *rest)

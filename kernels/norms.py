@@ -35,7 +35,7 @@ from numba.extending import overload
 
 from . import threads
 from .chunks import sum_of_squares, sum_of_values
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import JIT_OPTIONS, each_form, jit
 from .storage import load
 from .tree import CHUNK
 
@@ -172,7 +172,6 @@ def measure(grads: Array, scratch: Array) -> tuple[float, int]:
 def prepare(dtype: np.dtype[Any]) -> None:
     """Compile, or load from the disk cache, all loops for gradients of a dtype."""
     scratch = np.empty(0, np.float64)
-    for grads in writable_and_not(dtype):
-        for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            loop(grads, scratch, 0, 0)
+    for loop, grads in each_form(threads.usable(serial, parallel), dtype):
+        loop(grads, scratch, 0, 0)
     fold(scratch, 0)

@@ -11,7 +11,7 @@ from numba import prange
 from numba.extending import overload
 
 from . import norms, threads
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import JIT_OPTIONS, each_form, jit
 from .norms import count_nonfinite, measure_chunk, sum_of_chunks
 from .run_chunks import RunChunks
 from .units import Integers
@@ -61,9 +61,8 @@ fold = jit(_make_fold_loop)
 def prepare(dtype: np.dtype[Any]) -> None:
     """Compile, or load from the disk cache, all loops for gradients of a dtype."""
     scratch, bounds, first = np.empty(0), np.empty((0, 2), np.int64), np.zeros(1, np.int64)
-    for grads in writable_and_not(dtype):
-        for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            loop(grads, scratch, bounds, first)
+    for loop, grads in each_form(threads.usable(serial, parallel), dtype):
+        loop(grads, scratch, bounds, first)
     fold(scratch, first)
 
 

@@ -16,7 +16,7 @@ from numba import prange
 from numba.extending import overload
 
 from . import rules, threads
-from .compiling import JIT_OPTIONS, jit, writable_and_not
+from .compiling import JIT_OPTIONS, each_form, jit
 from .cpu import PARALLEL_FROM, step_element
 from .rows import part_of_row
 from .units import COLUMNS, Units, each_share
@@ -178,10 +178,9 @@ def prepare(
 
 def warmup(dtype: np.dtype[Any], n_states: int, c: rules.Update, clear: rules.Clear | None = None) -> None:
     """Compile, or load from the disk cache, all loops for buffers of a dtype."""
-    empty, read_only = writable_and_not(dtype)
-    for grads in (empty, read_only) if clear is None else (empty,):
-        for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            _call_with_nothing(loop, empty, grads, (empty,) * n_states, c, clear)
+    empty = np.empty(0, dtype)
+    for loop, grads in each_form(threads.usable(serial, parallel), dtype, written=clear is not None):
+        _call_with_nothing(loop, empty, grads, (empty,) * n_states, c, clear)
 
 
 def _call_with_nothing(

@@ -22,7 +22,7 @@ from numba.extending import overload
 
 from . import rules, threads
 from .chunks import squares_of_step, sum_of_squares
-from .compiling import JIT_OPTIONS, called, jit, writable_and_not
+from .compiling import JIT_OPTIONS, called, each_form, jit
 from .cpu import PARALLEL_FROM
 from .distinct import memory_of, moved
 from .groups import BLOCK, KEPT, Cuts, Groups
@@ -302,9 +302,9 @@ def warmup(
     params: Array, states: tuple[Array, ...], c: rules.Update, clear: rules.Clear | None, storage: Storage
 ) -> None:
     """Compile, or load from the disk cache, all loops for arrays without elements."""
-    for grads in writable_and_not(params.dtype) if clear is None else (params,):
-        for loop in (serial, parallel) if threads.numba_is_safe() else (serial,):
-            _call_with_nothing(loop, params, grads, states, c, clear, storage)
+    loops = threads.usable(serial, parallel)
+    for loop, grads in each_form(loops, params.dtype, written=clear is not None):
+        _call_with_nothing(loop, params, grads, states, c, clear, storage)
 
 
 def _call_with_nothing(

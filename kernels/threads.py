@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import numba
 
@@ -57,6 +58,11 @@ def numba_is_safe() -> bool:
     if _numba_layer_is_safe is None:
         _numba_layer_is_safe = layer() in {"tbb", "omp"}
     return _numba_layer_is_safe
+
+
+def usable(serial: Any, parallel: Any) -> tuple[Any, ...]:
+    """Return which compilations of a loop the calling thread may run."""
+    return (serial, parallel) if numba_is_safe() else (serial,)
 
 
 def shares(size: int, parallel_from: int, min_piece: int) -> tuple[bool, int]:
