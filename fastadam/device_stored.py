@@ -32,8 +32,8 @@ def storage_of(
     Raises
     ------
     TypeError, ValueError
-        If the parameters cannot be kept as the hyperparameters say, ``out`` is no buffer for a copy of them,
-        or telemetry is asked for.
+        If the parameters cannot be kept as the hyperparameters say, or ``out`` is no buffer for a copy of
+        them.
     """
     if out is None and h.stores_plainly and params.dtype == grads.dtype and params.dtype in formats.FLOATS:
         return None
@@ -53,8 +53,6 @@ def _types_of(
     h: Hyperparameters, params: np.dtype[Any], grads: np.dtype[Any], out: np.dtype[Any] | None
 ) -> StoredTypes:
     stored.require_possible(h, params)
-    if h.telemetry:
-        raise ValueError("telemetry must be False with 16-bit storage or out, for now; got True.")
     rounds = stored.rounds_at_random(h, params)
     return _types(h.state, h.state_dtype, stored.master_of(h), params, grads, out, rounds)
 

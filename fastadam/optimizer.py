@@ -265,9 +265,9 @@ class FusedAdam(Tunables):
         ValueError
             If a buffer is not contiguous, what is to be written is read-only, sizes differ, or buffers
             overlap; if gradients come after :meth:`accumulate`, or none and nothing was accumulated; if a
-            segment ends behind them; if the parameters cannot be stored as the hyperparameters say, or
-            telemetry comes with 16-bit storage; if ``grad_scale`` is out of its range; or if the stream is
-            being captured and the step could not be replayed.
+            segment ends behind them; if the parameters cannot be stored as the hyperparameters say; if
+            ``grad_scale`` is out of its range; or if the stream is being captured and the step could not be
+            replayed.
         ImportError
             If a CUDA array comes and no CUDA backend is installed.
         """

@@ -154,6 +154,19 @@ DEVICE void set_scales(const Scales& scales, long long block, const Scale3& boun
     });
 }
 
+// --- Which elements a lane takes, and what looks at them ----------------------------------------------------------
+
+// Of a whole block four neighbours, of any other piece every 32nd; nothing looks. kernels/blocks_observed.cu has others.
+struct Unwatched : Unobserved {
+    static constexpr bool CLEARS = true;  // whether gradients are set to zero, if at all
+    METHOD Packed<LANES> whole(long long block) const { return {block * BLOCK + threadIdx.x % LANES_OF_WARP * LANES}; }
+    METHOD long long first(long long start) const { return start + threadIdx.x % LANES_OF_WARP; }
+};
+
+// What is zero if the moment is: of 8 bits the magnitude, without its scale.
+template <class Code> DEVICE Real moment_of(Code number) { return decoded(number); }
+DEVICE Real moment_of(Signed number) { return real_of((number.code & 127u) << 24); }
+
 // --- Elements of a lane ------------------------------------------------------------------------------------------
 
 struct NotFinite {  // what a block has, and what it gets, that is not
@@ -170,10 +183,13 @@ template <int N> struct Held {
     State3 state3[N];
     Master master[N];
 
-    template <class At> METHOD void read_grads(const Arrays& arrays, At at) {
+    template <class At> METHOD void read_params(const Arrays& arrays, At at) {
         if constexpr (READS_PARAMS) read(arrays.params, at, param);
-        read(const_cast<const Gradient*>(arrays.grads), at, grad);
         if constexpr (IS_THERE<Master>) read(arrays.master, at, master);
+    }
+    template <class At> METHOD void read_grads(const Arrays& arrays, At at) {
+        read_params(arrays, at);
+        read(const_cast<const Gradient*>(arrays.grads), at, grad);
     }
     template <class At> METHOD void read_states(const Arrays& arrays, At at) {
         read(arrays.state0, at, state0);
@@ -181,13 +197,14 @@ template <int N> struct Held {
         if constexpr (IS_THERE<State2>) read(arrays.state2, at, state2);
         if constexpr (IS_THERE<State3>) read(arrays.state3, at, state3);
     }
+    METHOD Real number(int k) const { return starts_from(param[k], master[k]); }
     // The gradient of an element as a rule gets it.
     template <class Coefficients> METHOD Real gradient(int k, const Coefficients& c) const {
-        return prepared(starts_from(param[k], master[k]), decoded(grad[k]), c)._1;
+        return prepared(number(k), decoded(grad[k]), c)._1;
     }
-    template <class At, class Rounding, class Coefficients>
+    template <class At, class Rounding, class Coefficients, class Seen>
     METHOD void step(const Arrays& arrays, At at, const Views& views, const NotFinite& bad, Rounding rounding,
-                     const Coefficients& c) {
+                     const Coefficients& c, Seen& seen) {
         Out out[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -196,18 +213,20 @@ template <int N> struct Held {
             now[1] = decoded(state1[k], views.of1, bad.old.of[1]);
             if constexpr (IS_THERE<State2>) now[2] = decoded(state2[k], views.of2, bad.old.of[2]);
             if constexpr (IS_THERE<State3>) now[3] = decoded(state3[k]);
-            auto [number, state] = update(starts_from(param[k], master[k]), decoded(grad[k]), pack_state(now), c);
+            const Real before = number(k), given = decoded(grad[k]);
+            auto [param_now, state] = update(before, given, pack_state(now), c);
             unpack_state(state, now);
             const auto words = rounding.words(at.index(k));
             encode_state(now[0], state0[k], words, 0, views.of0, bad.clamps);
             encode_state(now[1], state1[k], words, 1, views.of1, bad.clamps);
             if constexpr (IS_THERE<State2>) encode_state(now[2], state2[k], words, 2, views.of2, bad.clamps);
             if constexpr (IS_THERE<State3>) encode(now[3], state3[k], Nearest{});
-            keep(number, param[k], master[k], words.param());
-            if constexpr (IS_THERE<Out>) encode(number, out[k], Nearest{});
+            keep(param_now, param[k], master[k], words.param());
+            if constexpr (IS_THERE<Out>) encode(param_now, out[k], Nearest{});
+            seen.see(before, given, number(k), moment_of(state0[k]), c.rule.step_size);
         }
         write(arrays.params, at, param);
-        if constexpr (IsMutable<Grad>::value) {
+        if constexpr (IsMutable<Grad>::value && Seen::CLEARS) {
             const Gradient zeros[N]{};
             write(arrays.grads, at, zeros);
         }
@@ -234,10 +253,10 @@ DEVICE void rewrite(Code* to, Code& code, const Drawn& words, int state, const V
 
 // Steps a whole block of which every element has the coefficients `c`; or writes nothing and returns false, if what is
 // not finite is in it.
-template <class Rounding, class Coefficients>
+template <class Rounding, class Coefficients, class Seen>
 DEVICE bool step_block(const Arrays& arrays, const Scales& scales, long long block, Rounding rounding,
-                       const Coefficients& c) {
-    const Packed<LANES> at{block * BLOCK + threadIdx.x % LANES_OF_WARP * LANES};
+                       const Coefficients& c, Seen seen) {
+    const auto at = seen.whole(block);
     Held<LANES> held{};
     held.read_grads(arrays, at);
     held.read_states(arrays, at);
@@ -253,7 +272,7 @@ DEVICE bool step_block(const Arrays& arrays, const Scales& scales, long long blo
     raise_to_step(bounds, old, largest_of_warp(peak), c.rule);
     if (!are_finite(bounds, old)) return false;
     const Views views = views_of(old, bounds, least_codes(ordered1, ordered2), c.rule.beta2, true);
-    held.step(arrays, at, views, NotFinite{}, rounding, c);
+    held.step(arrays, at, views, NotFinite{}, rounding, c, seen);
     set_scales(scales, block, bounds, views, Flags{});
     return true;
 }
@@ -263,9 +282,9 @@ struct Piece {
 };
 
 // Steps any block, of some pieces, each with a row of coefficients or kept as it is.
-template <class Pieces, class Rounding, class Coefficients>
+template <class Pieces, class Rounding, class Coefficients, class Seen>
 DEVICE void step_any_block(const Arrays& arrays, const Scales& scales, long long block, long long size, Pieces pieces,
-                           Rounding rounding, Coefficients coefficients) {
+                           Rounding rounding, Coefficients coefficients, Seen seen) {
     const long long start = block * BLOCK, stop = start + BLOCK < size ? start + BLOCK : size;
     const int lane = threadIdx.x % LANES_OF_WARP;
     const Scale3 old = scales_at(scales, block);
@@ -310,31 +329,31 @@ DEVICE void step_any_block(const Arrays& arrays, const Scales& scales, long long
         bad.old.of[k] = old.of[k] & FLAG;
     });
     const Views views = views_of(old, bounds, least_codes(ordered1, ordered2), beta2, is_usual);
-    Flags seen{};
+    Flags is_cut_off{};
 #pragma unroll 1
     for (int k = 0; k < pieces.count(); ++k) {
         const Piece piece = pieces.at(k);
         const auto c = coefficients(piece.row == KEPT ? 0 : piece.row);
 #pragma unroll 1
-        for (long long i = piece.start + lane; i < piece.stop; i += LANES_OF_WARP) {
+        for (long long i = seen.first(piece.start); i < piece.stop; i += LANES_OF_WARP) {
             Held<1> held{};
             held.read_states(arrays, Packed<1>{i});
             if (piece.row != KEPT) {
                 held.read_grads(arrays, Packed<1>{i});
-                held.step(arrays, Packed<1>{i}, views, bad, rounding, c);
+                held.step(arrays, Packed<1>{i}, views, bad, rounding, c, seen);
             } else {
                 const auto words = rounding.words(i);
                 rewrite(arrays.state0 + i, held.state0[0], words, 0, views.of0, bad);
                 rewrite(arrays.state1 + i, held.state1[0], words, 1, views.of1, bad);
                 if constexpr (IN_BLOCKS<State2>) rewrite(arrays.state2 + i, held.state2[0], words, 2, views.of2, bad);
             }
-            seen.of[0] = seen.of[0] || is_largest(held.state0[0]);
-            seen.of[1] = seen.of[1] || is_largest(held.state1[0]);
-            seen.of[2] = seen.of[2] || is_largest(held.state2[0]);
+            is_cut_off.of[0] = is_cut_off.of[0] || is_largest(held.state0[0]);
+            is_cut_off.of[1] = is_cut_off.of[1] || is_largest(held.state1[0]);
+            is_cut_off.of[2] = is_cut_off.of[2] || is_largest(held.state2[0]);
         }
     }
-    for_each_in_blocks([&](int k) { seen.of[k] = largest_of_warp(seen.of[k] && bad.clamps) != 0; });
-    set_scales(scales, block, bounds, views, seen);
+    for_each_in_blocks([&](int k) { is_cut_off.of[k] = largest_of_warp(is_cut_off.of[k] && bad.clamps) != 0; });
+    set_scales(scales, block, bounds, views, is_cut_off);
 }
 
 // --- The loops -----------------------------------------------------------------------------------------------------
@@ -378,8 +397,8 @@ DEVICE void step_in_blocks(const Arrays& arrays, const Scales& scales, long long
         const OnePiece all = all_of(block, size, 0);
         if (skip) return clear(arrays, all.piece);
         const bool is_packed = head == 0 && packs > 0 && (block + 1) * BLOCK <= size;
-        if (is_packed && step_block(arrays, scales, block, rounding, c)) return;
-        step_any_block(arrays, scales, block, size, all, rounding, [&](long long) { return c; });
+        if (is_packed && step_block(arrays, scales, block, rounding, c, Unwatched{})) return;
+        step_any_block(arrays, scales, block, size, all, rounding, [&](long long) { return c; }, Unwatched{});
     });
 }
 
@@ -389,6 +408,9 @@ struct BlockTable {
     const int* of_block;
     const long long* pieces;
     const long long* first;
+    METHOD TablePieces pieces_of(long long cut) const {
+        return {pieces + 3 * first[cut], static_cast<int>(first[cut + 1] - first[cut])};
+    }
 };
 
 template <class Rounding, class Coefficients>
@@ -399,9 +421,8 @@ DEVICE void step_units_in_blocks(const Arrays& arrays, const Scales& scales, con
         const long long row = table.of_block[block];
         if (row == KEPT) return;
         if (row < KEPT) {
-            const long long begin = table.first[-2 - row];
-            const TablePieces pieces{table.pieces + 3 * begin, static_cast<int>(table.first[-1 - row] - begin)};
-            if (!skip) return step_any_block(arrays, scales, block, size, pieces, rounding, coefficients);
+            const TablePieces pieces = table.pieces_of(KEPT - 1 - row);
+            if (!skip) return step_any_block(arrays, scales, block, size, pieces, rounding, coefficients, Unwatched{});
             for (int k = 0; k < pieces.count(); ++k)
                 if (pieces.at(k).row != KEPT) clear(arrays, pieces.at(k));
             return;
@@ -409,7 +430,7 @@ DEVICE void step_units_in_blocks(const Arrays& arrays, const Scales& scales, con
         const OnePiece all = all_of(block, size, row);
         if (skip) return clear(arrays, all.piece);
         const bool is_packed = head == 0 && packs > 0 && (block + 1) * BLOCK <= size;
-        if (is_packed && step_block(arrays, scales, block, rounding, coefficients(row))) return;
-        step_any_block(arrays, scales, block, size, all, rounding, coefficients);
+        if (is_packed && step_block(arrays, scales, block, rounding, coefficients(row), Unwatched{})) return;
+        step_any_block(arrays, scales, block, size, all, rounding, coefficients, Unwatched{});
     });
 }

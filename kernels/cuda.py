@@ -106,6 +106,9 @@ GRAD_ENTRIES = ("measure", "accumulate", "widen", "measure_units", "clear_units"
 UNIT_STEPS = ("step_units", "step_units_observed")
 """The steps over units."""
 
+STEP_ACROSS = "step_across"
+"""What steps blocks of moments of which two chunks have elements, before ``step_units_observed`` runs."""
+
 UNIT_ENTRIES = ("measure_units", "sum_groups", "form_rows", "conclude", "clear_units")
 """What surrounds them, and knows no rule."""
 
@@ -182,7 +185,7 @@ class Cuda(ABC):
         if storage is not None:
             pointers += (*storage.pointers, *keys)
         layout = _packs(params, grads, states, storage)
-        launches = [clock.units.step(pointers, clock.arguments, stored, layout)]
+        launches = clock.units.steps(pointers, clock.arguments, stored, layout)
         return partial(self._queue_launches, launches, params, grads, prepare, storage)
 
     def plan_report(self, params: DeviceBuffer, clock: Any) -> Callable[[], None]:
@@ -192,6 +195,8 @@ class Cuda(ABC):
     def warmup(self, types: KernelTypes, step: str) -> None:
         """Compile, or load from the disk cache, a step and what is around it, for the current device."""
         self.kernel(step, types, self.current_device())
+        if step == "step_units_observed" and types.stored is not None and types.stored.in_blocks:
+            self.kernel(STEP_ACROSS, types, self.current_device())
         for entry in (() if step == "step" else CLOCK_ENTRIES) + (UNIT_ENTRIES if step in UNIT_STEPS else ()):
             grads = types.grads if entry in GRAD_ENTRIES else None
             self.kernel(entry, types.without_rule(types.dtype, grads), self.current_device())

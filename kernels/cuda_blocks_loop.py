@@ -25,6 +25,7 @@ from .cuda_block_views import (
     views_of,
 )
 from .cuda_loop import make_update, pick
+from .cuda_seen import make_see_stored
 from .cuda_stored_loop import TOGETHER, at_place, make_rounding, make_stage, use_of
 from .cuda_units_loop import load_row, make_updates
 from .device_storage import StoredTypes
@@ -63,15 +64,21 @@ def _all_bits_of_warp(value: Any) -> Any:
 # --- Elements -----------------------------------------------------------------------------------------------
 
 
-class _Elements:
-    """Device functions on the elements of a lane, for the types of a kernel."""
+class Elements:
+    """Device functions on the elements of a lane, for the types of a kernel.
 
-    def __init__(self, kinds: KernelTypes) -> None:
+    Those that step return what was seen, and more where the kernel is ``observed``; they set gradients to
+    zero as the types say, unless they are ``kept``.
+    """
+
+    def __init__(self, kinds: KernelTypes, *, observed: bool = False, kept: bool = False) -> None:
         stored: StoredTypes = kinds.stored  # type: ignore[assignment]
         behind = 2 + len(stored.states)
         master_of = at_place(None if stored.master is None else behind)
         out_of = at_place(None if stored.out is None else behind + (stored.master is not None))
         clears, in_blocks = kinds.clear is not type(None), stored.in_blocks
+        clears_stepped = clears and not kept
+        see = make_see_stored(in_blocks=0 in in_blocks, observed=observed)
 
         def no_words(rounding: Any, i: int) -> None:
             return None
@@ -103,22 +110,37 @@ class _Elements:
             return found
 
         @cuda.jit(device=True)
-        def step_one(arrays: Any, k: int, i: int, c: Any, rounding: Any, views: Any, checks: Any) -> None:
+        def number(arrays: Any, k: int) -> Any:
+            return load_param(arrays[0], master_of(arrays), k)
+
+        @cuda.jit(device=True)
+        def step_one(
+            arrays: Any, k: int, i: int, c: Any, rounding: Any, views: Any, checks: Any, seen: Any
+        ) -> Any:
             states, master = states_of(arrays), master_of(arrays)
-            param = load_param(arrays[0], master, k)
+            before, grad = load_param(arrays[0], master, k), load(arrays[1], k)
             state = load_states(states, k, views, checks)
-            param, state = rules.update(param, load(arrays[1], k), state, c)
+            param, state = rules.update(before, grad, state, c)
             store_states(states, k, state, words_of(rounding, i), views, checks)
             store_param(arrays[0], master, k, param, word_of_param(at_element(rounding, i), i))
             store(out_of(arrays), k, param)
-            if clears:
+            if clears_stepped:
                 arrays[1][k] = 0
+            return see(seen, before, grad, arrays[0], master, states[0], k, c.rule.step_size)
 
         @cuda.jit(device=True)
-        def step(arrays: Any, i: int, stop: int, c: Any, rounding: Any, views: Any, checks: Any) -> None:
+        def see_one(arrays: Any, k: int, before: Any, step_size: Any, seen: Any) -> Any:
+            grad, states, master = load(arrays[1], k), states_of(arrays), master_of(arrays)
+            return see(seen, before, grad, arrays[0], master, states[0], k, step_size)
+
+        @cuda.jit(device=True)
+        def step(
+            arrays: Any, i: int, stop: int, c: Any, rounding: Any, views: Any, checks: Any, seen: Any
+        ) -> Any:
             while i < stop:
-                step_one(arrays, i, i, c, rounding, views, checks)
+                seen = step_one(arrays, i, i, c, rounding, views, checks, seen)
                 i += LANES
+            return seen
 
         @cuda.jit(device=True)
         def keep(arrays: Any, i: int, stop: int, rounding: Any, views: Any, checks: Any) -> None:
@@ -154,13 +176,14 @@ class _Elements:
 
         self.states_of, self.gradient, self.peak, self.step_one = states_of, gradient, peak, step_one
         self.step, self.keep, self.largest, self.clear = step, keep, largest, clear
+        self.number, self.see_one, self.observed = number, see_one, observed
         self.smaller_codes = smaller_code_in(1), smaller_code_in(2)
 
 
 # --- Coefficients: of a source, (c,) or what all rows share and the rows ------------------------------------
 
 
-def _make_of_source(kinds: KernelTypes, function: Any, *, units: bool) -> Any:
+def make_of_source(kinds: KernelTypes, function: Any, *, units: bool) -> Any:
     """Return the device function ``f(source, row, arguments)`` that is ``function(c, arguments)``."""
     if not units:
 
@@ -183,12 +206,33 @@ def _make_of_source(kinds: KernelTypes, function: Any, *, units: bool) -> Any:
 # --- Blocks -------------------------------------------------------------------------------------------------
 
 
-def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple[Any, Any]:
-    """Return device functions that step a block: one whole, finite and of one row, if it is so, and any."""
+def make_first(*, observed: bool) -> Any:
+    """Return the device function: where a piece begins, and its chunk -> the first element of the lane.
+
+    Of what is observed, a lane has every 32nd element from the beginning of the chunk.
+    """
+
+    def of_piece(start: int, origin: int) -> Any:
+        return start + cuda.threadIdx.x % LANES
+
+    def of_chunk(start: int, origin: int) -> Any:
+        return start + ((cuda.threadIdx.x % LANES - (start - origin)) & (LANES - 1))
+
+    return cuda.jit(device=True)(of_chunk if observed else of_piece)
+
+
+def make_step_block(kinds: KernelTypes, of: Elements, *, units: bool) -> tuple[Any, Any]:
+    """Return device functions that step a block: one whole, finite and of one row, if it is so, and any.
+
+    They take where the chunk begins and what was seen, and return that and more: the first behind whether
+    the block is so. Of a whole block a lane has four neighbours, or, observed, its elements of the chunk.
+    """
     states_of, gradient, step_one = of.states_of, of.gradient, of.step_one
     peak, step, keep, largest = of.peak, of.step, of.keep, of.largest
     code1, code2 = of.smaller_codes
-    load_stage, store_stage = make_stage(use_of(kinds, kinds.stored), 1)  # type: ignore[arg-type]
+    stride, first_of = LANES if of.observed else 1, make_first(observed=of.observed)
+    at_lane = 1 if of.observed else TOGETHER
+    load_stage, store_stage = make_stage(use_of(kinds, kinds.stored), stride)  # type: ignore[arg-type]
 
     @cuda.jit(device=True)
     def leasts_of_warp(first: Any, second: Any) -> Any:
@@ -197,10 +241,10 @@ def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple
         return first, np.uint32(256 - _largest_of_warp(np.uint32(255 - second)))
 
     @cuda.jit(device=True)
-    def step_whole(c: Any, arguments: Any) -> bool:
-        arrays, scales, block, rounding = arguments
+    def step_whole(c: Any, arguments: Any) -> Any:
+        arrays, scales, block, rounding, origin, seen = arguments
         lane = cuda.threadIdx.x % LANES
-        i = block * BLOCK + lane * TOGETHER
+        i = block * BLOCK + at_lane * (first_of(block * BLOCK, origin) - block * BLOCK)
         stage = load_stage(arrays, i)
         states = states_of(stage)
         found = larger_magnitude(np.uint32(0), gradient(stage, 0, c))
@@ -209,21 +253,21 @@ def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple
         found = larger_magnitude(found, gradient(stage, 3, c))
         bounds = with_step(no_bounds(states), states, scales, block, _largest_of_warp(found), c.rule)
         if not are_finite(states, scales, block, bounds):
-            return False
+            return False, seen
         least = np.uint32(255)
         first = code1(code1(code1(code1(least, stage, 0), stage, 1), stage, 2), stage, 3)
         second = code2(code2(code2(code2(least, stage, 0), stage, 1), stage, 2), stage, 3)
         leasts = leasts_of_warp(first, second)
         views = views_of(states, scales, block, bounds, leasts, c.rule.beta2, True)
-        step_one(stage, 0, i, c, rounding, views, None)
-        step_one(stage, 1, i + 1, c, rounding, views, None)
-        step_one(stage, 2, i + 2, c, rounding, views, None)
-        step_one(stage, 3, i + 3, c, rounding, views, None)
+        seen = step_one(stage, 0, i, c, rounding, views, None, seen)
+        seen = step_one(stage, 1, i + stride, c, rounding, views, None, seen)
+        seen = step_one(stage, 2, i + 2 * stride, c, rounding, views, None, seen)
+        seen = step_one(stage, 3, i + 3 * stride, c, rounding, views, None, seen)
         store_stage(arrays, i, stage)
         cuda.syncwarp()
         if lane == 0:
             set_scales(states, scales, block, bounds, views, np.uint32(0))
-        return True
+        return True, seen
 
     @cuda.jit(device=True)
     def peak_of_piece(c: Any, arguments: Any) -> Any:
@@ -235,12 +279,12 @@ def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple
         return c.rule
 
     @cuda.jit(device=True)
-    def step_piece(c: Any, arguments: Any) -> None:
-        arrays, i, stop, rounding, views, checks = arguments
-        step(arrays, i, stop, c, rounding, views, checks)
+    def step_piece(c: Any, arguments: Any) -> Any:
+        arrays, i, stop, rounding, views, checks, seen = arguments
+        return step(arrays, i, stop, c, rounding, views, checks, seen)
 
     step_whole_of, peak_of, rule_of, step_of = (
-        _make_of_source(kinds, function, units=units)
+        make_of_source(kinds, function, units=units)
         for function in (step_whole, peak_of_piece, rule_of_piece, step_piece)
     )
 
@@ -273,7 +317,16 @@ def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple
         return bounds, beta2
 
     @cuda.jit(device=True)
-    def step_any(arrays: Any, scales: Any, block: Any, source: Any, pieces: Any, rounding: Any) -> None:
+    def step_any(
+        arrays: Any,
+        scales: Any,
+        block: Any,
+        source: Any,
+        pieces: Any,
+        rounding: Any,
+        origin: int,
+        seen: Any,
+    ) -> Any:
         number, start, stop = block
         table, row, begin, end = pieces
         states, lane = states_of(arrays), cuda.threadIdx.x % LANES
@@ -289,17 +342,19 @@ def _make_step_block(kinds: KernelTypes, of: _Elements, *, units: bool) -> tuple
             i += LANES
         views = views_of(states, scales, number, bounds, leasts_of_warp(first, second), beta2, is_finite)
         checks = checks_of(states, scales, number, is_finite)
-        seen = np.uint32(0)
+        found = np.uint32(0)
         for k in range(begin, end):
             a, b, of_piece = piece_at(table, row, k, start, stop)
             if of_piece == KEPT:
                 keep(arrays, a + lane, b, rounding, views, checks)
             else:
-                step_of(source, of_piece, (arrays, a + lane, b, rounding, views, checks))
-            seen = np.uint32(seen | largest(arrays, a + lane, b))
-        seen = _all_bits_of_warp(seen)
+                i = first_of(a, origin)
+                seen = step_of(source, of_piece, (arrays, i, b, rounding, views, checks, seen))
+            found = np.uint32(found | largest(arrays, first_of(a, origin), b))
+        found = _all_bits_of_warp(found)
         if lane == 0:
-            set_scales(states, scales, number, bounds, views, np.uint32(0) if is_finite else seen)
+            set_scales(states, scales, number, bounds, views, np.uint32(0) if is_finite else found)
+        return seen
 
     return step_whole_of, step_any
 
@@ -316,8 +371,8 @@ def make_step_in_blocks(kinds: KernelTypes, entry: str) -> Callable[..., None]:
     :mod:`fastadam.kernels.block_tables` first.
     """
     units = entry == "step_units"
-    of = _Elements(kinds)
-    step_whole, step_any = _make_step_block(kinds, of, units=units)
+    of = Elements(kinds)
+    step_whole, step_any = make_step_block(kinds, of, units=units)
     states_of, clear = of.states_of, of.clear
     stored: StoredTypes = kinds.stored  # type: ignore[assignment]
     rounds, places = stored.rounds, tuple(range(len(kinds.coefficients)))
@@ -328,10 +383,12 @@ def make_step_in_blocks(kinds: KernelTypes, entry: str) -> Callable[..., None]:
         arrays: Any, scales: Any, block: int, size: int, is_packed: bool, source: Any, row: int, rounding: Any
     ) -> None:
         stop = (block + 1) * BLOCK
-        if is_packed and stop <= size and step_whole(source, row, (arrays, scales, block, rounding)):
-            return
+        if is_packed and stop <= size:
+            is_stepped, _ = step_whole(source, row, (arrays, scales, block, rounding, 0, None))
+            if is_stepped:
+                return
         bounds = (block, block * BLOCK, min(stop, size))
-        step_any(arrays, scales, bounds, source, (arrays[0], row, 0, 1), rounding)
+        step_any(arrays, scales, bounds, source, (arrays[0], row, 0, 1), rounding, 0, None)
 
     @cuda.jit(device=True)
     def step_blocks(
@@ -411,12 +468,13 @@ def make_step_in_blocks(kinds: KernelTypes, entry: str) -> Callable[..., None]:
             if skipped != 0:
                 clear_block(arrays, block, size, row, pieces, begin, end)
             elif row < KEPT:
-                step_any(arrays, scales, bounds, source, (pieces, row, begin, end), rounding)
+                step_any(arrays, scales, bounds, source, (pieces, row, begin, end), rounding, 0, None)
             elif row > KEPT:
-                is_packed = head == 0 and packs > 0 and bounds[2] - bounds[1] == BLOCK
-                whole = is_packed and step_whole(source, row, (arrays, scales, block, rounding))
-                if not whole:
-                    step_any(arrays, scales, bounds, source, (pieces, row, 0, 1), rounding)
+                is_stepped = False
+                if head == 0 and packs > 0 and bounds[2] - bounds[1] == BLOCK:
+                    is_stepped, _ = step_whole(source, row, (arrays, scales, block, rounding, 0, None))
+                if not is_stepped:
+                    step_any(arrays, scales, bounds, source, (pieces, row, 0, 1), rounding, 0, None)
             block += cuda.gridDim.x * _WARPS
         if skipped == 0 and cuda.grid(1) == 0:
             count[0] += 1

@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 
 from . import cuda_source
-from .cuda import LEGACY_STREAM, UNIT_ENTRIES, UNIT_STEPS, Array, Cuda, Event, Kernel, KernelTypes
+from .cuda import LEGACY_STREAM, Array, Cuda, Event, Kernel, KernelTypes
 
 _PER_THREAD_STREAM = 2
 
@@ -64,8 +64,7 @@ def _resident_threads(device: int) -> int:
 @cache
 def _kernel(entry: str, types: KernelTypes, device: int) -> Kernel:
     with cupy.cuda.Device(device):
-        source = cuda_source.source(types, units=entry in UNIT_STEPS + UNIT_ENTRIES)
-        module = cupy.RawModule(code=source, options=cuda_source.OPTIONS)
+        module = cupy.RawModule(code=cuda_source.source_of(entry, types), options=cuda_source.OPTIONS)
         return module.get_function(entry)
 
 

@@ -23,6 +23,7 @@ from numba import cuda, types
 from . import (
     cubins,
     cuda_blocks_loop,
+    cuda_blocks_observed,
     cuda_decide,
     cuda_loop,
     cuda_stored_loop,
@@ -33,6 +34,7 @@ from .compiling import digest
 from .cuda import (
     CLOCK_ENTRIES,
     LEGACY_STREAM,
+    STEP_ACROSS,
     UNIT_ENTRIES,
     UNIT_STEPS,
     Array,
@@ -92,12 +94,15 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     if kinds.stored is not None:
         buffers = _stored_buffers(entry, kinds.stored)
     decided = (pointer, _INTEGERS, _INTEGERS)
-    if entry in UNIT_STEPS and kinds.stored is not None and kinds.stored.in_blocks:
-        tables = (types.CPointer(types.int32), _INTEGERS, _INTEGERS, *[_INTEGER] * 3, pointer)
-        return (*buffers, *tables, *decided)
+    sums = (_DOUBLES, _INTEGER) if entry == "step_units_observed" else ()
+    if entry in (*UNIT_STEPS, STEP_ACROSS) and kinds.stored is not None and kinds.stored.in_blocks:
+        layout: tuple[Any, ...] = (_INTEGER,) * 3
+        if entry != "step_units":
+            layout = (pointer, _INTEGER, _INTEGER, *((_INTEGERS, _INTEGER) if sums else ()))
+        tables = (types.CPointer(types.int32), _INTEGERS, _INTEGERS, *layout, pointer)
+        return (*buffers, *tables, *decided, *sums)
     if entry in UNIT_STEPS:
         tables = (_INTEGERS, _INTEGERS, _INTEGER, pointer)
-        sums = (_DOUBLES, _INTEGER) if entry == "step_units_observed" else ()
         return (*buffers, *tables, *decided, *sums)
     layout = (_INTEGER,) * 3
     if entry == "step_captured":
@@ -128,6 +133,10 @@ def _function(entry: str, kinds: KernelTypes) -> Callable[..., None]:
         function: Callable[..., None] = getattr(module, entry)
         return function
     if kinds.stored is not None and kinds.stored.in_blocks:
+        if entry == STEP_ACROSS:
+            return cuda_blocks_observed.make_step_across(kinds)
+        if entry == "step_units_observed":
+            return cuda_blocks_observed.make_step_in_blocks_observed(kinds)
         return cuda_blocks_loop.make_step_in_blocks(kinds, entry)
     if entry in UNIT_STEPS:
         return cuda_units_loop.make_step_units(kinds, observed=entry == "step_units_observed")
@@ -141,7 +150,8 @@ def compile_kernel(entry: str, kinds: KernelTypes, capability: tuple[int, int], 
     Parameters
     ----------
     entry : str
-        ``"step"``, ``"step_captured"`` or one of ``CLOCK_ENTRIES``, ``UNIT_STEPS`` and ``UNIT_ENTRIES``.
+        ``"step"``, ``"step_captured"`` or one of ``CLOCK_ENTRIES``, ``UNIT_STEPS`` and ``UNIT_ENTRIES``, or
+        ``STEP_ACROSS``.
     kinds : KernelTypes
     capability : tuple of int
         Of the device, (major, minor).

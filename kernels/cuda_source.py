@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from . import cuda_stored_source, grids, rules
-from .cuda import KernelTypes
+from .cuda import STEP_ACROSS, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
 from .translation import Function, translate
 from .tree import CHUNK, LANES
 from .units import COLUMNS
@@ -32,12 +32,19 @@ _TYPES = {
 }
 
 
+def source_of(entry: str, types: KernelTypes) -> str:
+    """Return the source that has a kernel."""
+    is_observed = entry in {"step_units_observed", STEP_ACROSS}
+    units = is_observed or entry in UNIT_STEPS + UNIT_ENTRIES
+    return source(types, units=units, observed=is_observed and types.stored is not None)
+
+
 @cache
-def source(types: KernelTypes, *, units: bool = False) -> str:
+def source(types: KernelTypes, *, units: bool = False, observed: bool = False) -> str:
     """Return the source of the kernels for some types, of float32 or float64.
 
     With states it has ``step`` and ``step_captured``; with none, the others. With ``units`` it has those of
-    ``UNIT_STEPS``, or of ``UNIT_ENTRIES``.
+    ``UNIT_STEPS``, or of ``UNIT_ENTRIES``; of other than plain storage only that which is asked for.
     """
     parts = [_TYPES[types.dtype.name], _read("step.cu")]
     if units or not types.n_states:
@@ -68,7 +75,8 @@ def source(types: KernelTypes, *, units: bool = False) -> str:
         in_blocks = ["eight_bits.cu"] if types.stored.in_blocks else []
         parts += [*map(_read, in_blocks), cuda_stored_source.arrays(types), _read("stored.cu")]
         parts += [_read("blocks.cu")] if in_blocks else []
-    return "\n\n".join([*parts, _unit_steps(types) if units else _steps(types)])
+        parts += [_read("blocks_observed.cu")] if in_blocks and observed else []
+    return "\n\n".join([*parts, _unit_steps(types, observed=observed) if units else _steps(types)])
 
 
 def _sizes() -> str:
@@ -161,62 +169,61 @@ step_captured({_buffers(types)}{captured.parameters}, {layout}, {_DECIDED})
 """
 
 
-def _unit_steps(types: KernelTypes) -> str:
+def _unit_steps(types: KernelTypes, *, observed: bool) -> str:
     kinds, decays = _kinds(types), types.decay is not type(None)
     if decays:
         kinds[2] = f"Perhaps<{kinds[2]}>"
     parts = _braced(types, [f"coefficients[{k}]" for k in range(len(types.coefficients))])
     parts[2] = "{{row[0]}, row[0] == row[0]}" if decays else "{}"
     parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, len(COLUMNS)))}}}"
-    tables = "const long long* pieces, const long long* first_piece, long long chunks, const Real* rows"
-    clears = "false" if types.clear is type(None) else "true"
-    grad = "const Real" if types.clear is type(None) else "Real"
-    elements = f"Elements<{types.n_states}, {grad}>{{params, grads, states}}"
     keys = cuda_stored_source.keys(types)[1]
     coefficients = f"""[&](long long at) {{
         const Real* const row = rows + COLUMNS * at;
         return Update{{{", ".join(parts)}}};
     }}"""
-    if types.stored is not None and types.stored.in_blocks:
-        layout = (
-            "const int* of_block, const long long* pieces, const long long* first_piece,"
-            " long long size, long long head, long long packs"
-        )
-        return f"""{_update(kinds)}
 
-{_kernel(_resident(types) - grids.FEWER_CAPTURED)}
-step_units({_buffers(types)}{keys.parameters}, {layout}, const Real* rows, {_DECIDED})
-{{
-    {_states(types)}{keys.rounding}
-    const BlockTable table{{of_block, pieces, first_piece}};
-    step_units_in_blocks(arrays, scales, table, size, head, packs, *skip, rounding, {coefficients});
-    {_COUNT}
-}}"""
-    if types.stored is not None:
-        elements = "StoredElements<decltype(rounding)>{arrays, rounding}"
-
-    def kernel(name: str, resident: int, more: str, begin: str, seen: str) -> str:
+    def kernel(name: str, fewer: int, tables: str, call: str, *, sums: bool = False) -> str:
+        more = ", Sums* sums, long long apart" if sums else ""
+        begin = "\n    __shared__ Sums lanes[KINDS][THREADS];" if sums else ""
+        count = "" if name == STEP_ACROSS else f"\n    {_COUNT}"
         return f"""
-{_kernel(resident)}
-{name}({_buffers(types)}{keys.parameters}, {tables}, {_DECIDED}{more}) {{
-    {begin}{_states(types)}{keys.rounding}
-    step_chunks<{clears}>({elements}, Pieces{{pieces, first_piece, chunks}}, *skip, {coefficients}, {seen});
-    {_COUNT}
+{_kernel(_resident(types) - fewer)}
+{name}({_buffers(types)}{keys.parameters}, {tables}, const Real* rows, {_DECIDED}{more}) {{{begin}
+    {_states(types)}{keys.rounding}
+    {call.format(coefficients)};{count}
 }}"""
 
-    plain = kernel("step_units", _resident(types) - grids.FEWER_CAPTURED, "", "", "Unobserved{}")
+    captured = "step_units", grids.FEWER_CAPTURED
+    watched = "step_units_observed", grids.FEWER_OBSERVED if types.stored is None else grids.FEWER_CAPTURED
+    seen = "Observed{{lanes, sums, apart, {{}}}}"
+    if types.stored is not None and types.stored.in_blocks:
+        tables = "const int* of_block, const long long* pieces, const long long* first_piece, "
+        table = "BlockTable{{of_block, pieces, first_piece}}"
+        if not observed:
+            call = f"step_units_in_blocks(arrays, scales, {table}, size, head, packs, *skip, rounding, {{}})"
+            kernels = [kernel(*captured, f"{tables}long long size, long long head, long long packs", call)]
+        else:
+            tables += "Real* kept, long long across, long long size"
+            first = f"arrays, scales, {table}, Across{{{{kept, across}}}}, "
+            more, bounds = "size, *skip, rounding, {}", "Table{{bounds, chunks}}, "
+            kernels = [
+                kernel(STEP_ACROSS, grids.FEWER_CAPTURED, tables, f"step_blocks_across({first}{more})"),
+                kernel(
+                    *watched,
+                    f"{tables}, const long long* bounds, long long chunks",
+                    f"step_chunks_in_blocks({first}{bounds}{more}, {seen})",
+                    sums=True,
+                ),
+            ]
+        return "\n".join([_update(kinds), *kernels])
+    tables = "const long long* pieces, const long long* first_piece, long long chunks"
+    clears = "false" if types.clear is type(None) else "true"
+    grad = "const Real" if types.clear is type(None) else "Real"
+    elements = f"Elements<{types.n_states}, {grad}>{{{{params, grads, states}}}}"
     if types.stored is not None:
-        return "\n".join([_update(kinds), plain])
-    return "\n".join(
-        [
-            _update(kinds),
-            plain,
-            kernel(
-                "step_units_observed",
-                _resident(types) - grids.FEWER_OBSERVED,
-                ", Sums* sums, long long apart",
-                "__shared__ Sums lanes[KINDS][THREADS];\n    ",
-                "Observed{lanes, sums, apart, {}}",
-            ),
-        ]
-    )
+        elements = "StoredElements<decltype(rounding)>{{arrays, rounding}}"
+    call = f"step_chunks<{clears}>({elements}, Pieces{{{{pieces, first_piece, chunks}}}}, *skip, {{}}"
+    plain = kernel(*captured, tables, f"{call}, Unobserved{{{{}}}})")
+    looking = kernel(*watched, tables, f"{call}, {seen})", sums=True)
+    kernels = [plain, looking] if types.stored is None else [looking if observed else plain]
+    return "\n".join([_update(kinds), *kernels])

@@ -16,6 +16,7 @@ from numba import cuda, types
 from . import rules
 from .cuda import KernelTypes
 from .cuda_loop import make_update, pick
+from .cuda_seen import make_see_stored
 from .device_storage import StoredTypes
 from .grids import MATH, PACK
 from .rounding import Rounding
@@ -141,24 +142,29 @@ def make_rounding(stored: StoredTypes) -> Any:
     return cuda.jit(device=True)(at_random if stored.rounds else nearest)
 
 
-def _make_step_one(kinds: KernelTypes, stored: StoredTypes) -> Any:
-    """Return the device function that steps one element: at ``k`` of some buffers, ``i`` of the whole."""
+def _make_step_one(kinds: KernelTypes, stored: StoredTypes, *, observed: bool) -> Any:
+    """Return the device function that steps one element: at ``k`` of some buffers, ``i`` of the whole.
+
+    It returns what was seen, and that element where the kernel is ``observed``.
+    """
     behind = 2 + len(stored.states)
     master_of = at_place(None if stored.master is None else behind)
     out_of = at_place(None if stored.out is None else behind + (stored.master is not None))
     clears = kinds.clear is not type(None)
+    see = make_see_stored(in_blocks=False, observed=observed)
 
     @cuda.jit(device=True)
-    def step_one(arrays: Any, k: int, i: int, c: Any, rounding: Any) -> None:
+    def step_one(arrays: Any, k: int, i: int, c: Any, rounding: Any, seen: Any) -> Any:
         params, grads, states = arrays[0], arrays[1], arrays[2:behind]
         master, drawn = master_of(arrays), at_element(rounding, i)
-        param = load_param(params, master, k)
-        param, state = rules.update(param, load(grads, k), load(states, k), c)
+        before, grad = load_param(params, master, k), load(grads, k)
+        param, state = rules.update(before, grad, load(states, k), c)
         store(states, k, state, words_of_moments(drawn, i))
         store_param(params, master, k, param, word_of_param(drawn, i))
         store(out_of(arrays), k, param)
         if clears:
             grads[k] = 0
+        return see(seen, before, grad, params, master, states[0], k, c.rule.step_size)
 
     return step_one
 
@@ -176,7 +182,7 @@ def make_step_stored(kinds: KernelTypes, *, captured: bool) -> Callable[..., Non
     places = tuple(range(len(kinds.coefficients)))
     clears, rounds = kinds.clear is not type(None), stored.rounds
     update_of, rounding_of = make_update(kinds), make_rounding(stored)
-    step_one = _make_step_one(kinds, stored)
+    step_one = _make_step_one(kinds, stored, observed=False)
     load_stage, store_stage = make_stage(use_of(kinds, stored), 1)
 
     @cuda.jit(device=True)
@@ -185,17 +191,17 @@ def make_step_stored(kinds: KernelTypes, *, captured: bool) -> Callable[..., Non
         while k < packs:
             i = head + k * TOGETHER
             stage = load_stage(arrays, i)
-            step_one(stage, 0, i, c, rounding)
-            step_one(stage, 1, i + 1, c, rounding)
-            step_one(stage, 2, i + 2, c, rounding)
-            step_one(stage, 3, i + 3, c, rounding)
+            step_one(stage, 0, i, c, rounding, None)
+            step_one(stage, 1, i + 1, c, rounding, None)
+            step_one(stage, 2, i + 2, c, rounding, None)
+            step_one(stage, 3, i + 3, c, rounding, None)
             store_stage(arrays, i, stage)
             k += cuda.gridsize(1)
 
         k = cuda.grid(1)
         while k < size - packs * TOGETHER:
             i = k if k < head else k + packs * TOGETHER
-            step_one(arrays, i, i, c, rounding)
+            step_one(arrays, i, i, c, rounding, None)
             k += cuda.gridsize(1)
 
     def step(arrays: Any, keys: Any, size: int, head: int, packs: int, coefficients: Any) -> None:
@@ -227,15 +233,16 @@ def make_step_stored(kinds: KernelTypes, *, captured: bool) -> Callable[..., Non
     return step_captured if captured else step
 
 
-def make_stored_piece(kinds: KernelTypes) -> Any:
+def make_stored_piece(kinds: KernelTypes, *, observed: bool) -> Any:
     """Return the device function that steps the elements of a lane in a piece of a unit.
 
-    As that of :mod:`fastadam.kernels.cuda_units_loop`, of buffers behind which the keys may lie.
+    As that of :mod:`fastadam.kernels.cuda_units_loop`, which returns what it saw, of buffers behind which the
+    keys may lie.
     """
     stored: StoredTypes = kinds.stored  # type: ignore[assignment]
     rounds, use = stored.rounds, use_of(kinds, stored)
     n_arrays = len(use.reads)
-    rounding_of, step_one = make_rounding(stored), _make_step_one(kinds, stored)
+    rounding_of, step_one = make_rounding(stored), _make_step_one(kinds, stored, observed=observed)
     load_stage, store_stage = make_stage(use, LANES)
 
     @cuda.jit(device=True)
@@ -248,14 +255,14 @@ def make_stored_piece(kinds: KernelTypes) -> Any:
         i = first
         while i + (TOGETHER - 1) * LANES < stop:
             stage = load_stage(arrays, i)
-            step_one(stage, 0, i, c, rounding)
-            step_one(stage, 1, i + LANES, c, rounding)
-            step_one(stage, 2, i + 2 * LANES, c, rounding)
-            step_one(stage, 3, i + 3 * LANES, c, rounding)
+            seen = step_one(stage, 0, i, c, rounding, seen)
+            seen = step_one(stage, 1, i + LANES, c, rounding, seen)
+            seen = step_one(stage, 2, i + 2 * LANES, c, rounding, seen)
+            seen = step_one(stage, 3, i + 3 * LANES, c, rounding, seen)
             store_stage(arrays, i, stage)
             i += TOGETHER * LANES
         while i < stop:
-            step_one(arrays, i, i, c, rounding)
+            seen = step_one(arrays, i, i, c, rounding, seen)
             i += LANES
         return seen
 

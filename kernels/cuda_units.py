@@ -8,7 +8,7 @@ import numpy as np
 
 from . import grids
 from .block_tables import block_tables
-from .cuda import Cuda, KernelTypes
+from .cuda import STEP_ACROSS, Cuda, KernelTypes
 from .device_storage import StoredTypes
 from .groups import BLOCK as SCALED
 from .run_chunks import RunChunks
@@ -20,6 +20,9 @@ Launch: TypeAlias = tuple[Any, int, int, tuple[Any, ...]]
 
 _PAIR = 16
 """Bytes of a sum of squares and a count."""
+
+_KEPT = SCALED * grids.MATH.itemsize
+"""Bytes of what the parameters of a block were."""
 
 
 class DeviceUnits:
@@ -70,11 +73,13 @@ class DeviceUnits:
         tables: list[Any] = [chunks.bounds, chunks.pieces, chunks.first_piece, gaps, rows.places]
         tables += [rows.weight_decays, rows.corrections, *chunks.levels, rows.coefficients]
         self._memory, starts = self._placed(tables, stream)
-        self._size, self._pieces_of_blocks = size, None
+        self._size, self._of_blocks = size, None
         if in_blocks:
-            found = block_tables(units, size)
-            self._of_blocks, (first, second, last) = self._placed(list(found), stream)
-            self._pieces_of_blocks = (last, first, second)
+            found = block_tables(units, size, chunks.bounds if observed else None)
+            self._blocks_memory, (pieces, first, of_block) = self._placed(list(found[:3]), stream)
+            self._of_blocks, self._across = (of_block, pieces, first), found.across
+            self._kept_memory = backend.zeros(_KEPT * found.across, device, stream)
+            self._kept = backend.address(self._kept_memory)
         self._bounds, self._pieces, self._first, self._gaps_at, self._places = starts[:5]
         self._weight_decays, self._corrections = starts[5:7]
         self._coefficients, self._decoupled = starts[-1], int(rows.decoupled)
@@ -137,26 +142,33 @@ class DeviceUnits:
         arguments = (grads, self._gaps_at, self._gaps)
         return [self._over_chunks("clear_units", self._gaps, arguments, dtype)] if self._gaps else []
 
-    def step(
+    def steps(
         self,
         pointers: tuple[int, ...],
         decided: tuple[int, ...],
         stored: StoredTypes | None = None,
         layout: tuple[int, int] = (0, 0),
-    ) -> Launch:
+    ) -> list[Launch]:
         """Return the step of some buffers; ``decided`` is what a clock has for it.
 
         ``layout`` is what :func:`grids.packs` says of them, where states come in blocks.
         """
-        tables: tuple[int, ...] = (self._pieces, self._first, self._chunks, self._coefficients)
-        seen = (self._sums, self._apart) if self.observed else ()
         types = self._types._replace(stored=stored)
-        kernel = self._backend.kernel(self.step_entry, types, self._device)
-        blocks = grids.tree_blocks(self._chunks, self._resident)
-        if self._pieces_of_blocks is not None:
-            tables = (*self._pieces_of_blocks, self._size, *layout, self._coefficients)
-            blocks = grids.tree_blocks(-(-self._size // SCALED), self._resident)
-        return kernel, blocks, grids.BLOCK, (*pointers, *tables, *decided, *seen)
+        seen = (self._sums, self._apart) if self.observed else ()
+
+        def over(count: int, entry: str, *tables: int, seen: tuple[int, ...] = ()) -> Launch:
+            kernel, blocks = self._backend.kernel(entry, types, self._device), self._resident
+            arguments = (*pointers, *tables, self._coefficients, *decided, *seen)
+            return kernel, grids.tree_blocks(count, blocks), grids.BLOCK, arguments
+
+        of_blocks, entry = self._of_blocks, self.step_entry
+        if of_blocks is None:
+            return [over(self._chunks, entry, self._pieces, self._first, self._chunks, seen=seen)]
+        if not self.observed:
+            return [over(-(-self._size // SCALED), entry, *of_blocks, self._size, *layout)]
+        tables = (*of_blocks, self._kept, self._across, self._size)
+        first = [over(self._across, STEP_ACROSS, *tables)] if self._across else []
+        return [*first, over(self._chunks, entry, *tables, self._bounds, self._chunks, seen=seen)]
 
     def conclude(self, skip: int, report: int) -> list[Launch]:
         """Return what sums up what a step has seen, and reports it."""

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 from numba import cuda, float64
 
 from . import rules
 from .cuda import KernelTypes
 from .cuda_loop import make_part, pick, update_lane, update_lanes
+from .cuda_seen import SHARED, make_see, sum_up
 from .cuda_stored_loop import make_stored_piece
 from .grids import BLOCK, PACK
 from .storage import load, store
@@ -24,13 +24,6 @@ from .units import COLUMNS
 
 _WARPS = BLOCK // LANES
 _WIDTH = len(COLUMNS)
-
-SEEN = 5
-"""Sums of what a step sees: of squares of gradients, updates and parameters, and counts of what is not finite
-and of what vanished. All in float64."""
-
-_SHARED = SEEN * BLOCK
-
 
 # --- Coefficients -------------------------------------------------------------------------------------------
 
@@ -70,32 +63,6 @@ def load_row(rows: Any, row: int) -> Any:
     )
 
 
-# --- What is seen of an element -----------------------------------------------------------------------------
-
-
-def _make_see(kinds: KernelTypes, *, observed: bool) -> Any:
-    """Return the device function that adds an element, its lane before and after, to what was seen."""
-    exp_avg_at = 1 if kinds.clear is type(None) else 2
-
-    def see_nothing(seen: Any, before: Any, after: Any, c: Any) -> Any:
-        return seen
-
-    def see(seen: Any, before: Any, after: Any, c: Any) -> Any:
-        value, was, now = np.float64(before[1]), np.float64(before[0]), np.float64(after[0])
-        change = now - was
-        nonfinite = 1.0 if value - value != 0 else 0.0
-        vanishes = rules.vanishes(before[0], after[0], after[exp_avg_at], c.rule.step_size)
-        return (
-            seen[0] + value * value,
-            seen[1] + change * change,
-            seen[2] + now * now,
-            seen[3] + nonfinite,
-            seen[4] + (1.0 if vanishes else 0.0),
-        )
-
-    return cuda.jit(device=True)(see if observed else see_nothing)
-
-
 # --- Elements of a lane, so far apart that neighbours are a warp's: all loads before all stores -------------
 
 
@@ -133,18 +100,6 @@ def _make_some(count: int, see: Any) -> tuple[Any, Any, Any]:
     return load_some, store_some, see_some
 
 
-@cuda.jit(device=True)
-def _fold(sums: Any, lane: int) -> None:
-    """Fold the lanes of each warp, of all sums at once; every thread of the block comes here."""
-    here, width = cuda.threadIdx.x, LANES // 2
-    while width > 0:
-        cuda.syncthreads()
-        if lane < width:
-            for kind in range(SEEN):
-                sums[kind * BLOCK + here] += sums[kind * BLOCK + here + width]
-        width //= 2
-
-
 # --- Kernels ------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +107,13 @@ def _make_piece(kinds: KernelTypes, *, observed: bool) -> Any:
     """Return the device function that steps the elements of a lane in a piece, and returns what it saw."""
     clear = None if kinds.clear is type(None) else True
     count = PACK // kinds.dtype.itemsize
-    see = _make_see(kinds, observed=observed)
+    exp_avg_at = 1 if clear is None else 2
+    see_element = make_see(observed=observed)
+
+    @cuda.jit(device=True)
+    def see(seen: Any, before: Any, after: Any, c: Any) -> Any:
+        return see_element(seen, before[0], before[1], after[0], after[exp_avg_at], c.rule.step_size)
+
     load_some, store_some, see_some = _make_some(count, see)
 
     @cuda.jit(device=True)
@@ -191,7 +152,8 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
     has_decay = kinds.decay is not type(None)
     decayed, undecayed = make_updates(kinds)
     plain = kinds.stored is None
-    step_piece = _make_piece(kinds, observed=observed) if plain else make_stored_piece(kinds)
+    make_piece = _make_piece if plain else make_stored_piece
+    step_piece = make_piece(kinds, observed=observed)
 
     @cuda.jit(device=True)
     def shared_of(coefficients: Any) -> Any:
@@ -269,27 +231,17 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
         sums: Any,
         apart: int,
     ) -> None:
-        lanes = cuda.shared.array(_SHARED, float64)
-        here = cuda.threadIdx.x
-        lane, skipped = here % LANES, skip[0]
+        lanes = cuda.shared.array(SHARED, float64)
+        skipped = skip[0]
         shared = shared_of(coefficients)
         first = cuda.blockIdx.x * _WARPS
         while first < chunks:
-            chunk = first + here // LANES
+            chunk = first + cuda.threadIdx.x // LANES
             seen = (0.0, 0.0, 0.0, 0.0, 0.0)
             if chunk < chunks:
                 piece, end = first_piece[chunk], first_piece[chunk + 1]
                 seen = step_chunk(params, grads, states, pieces, piece, end, rows, shared, skipped)
-            cuda.syncthreads()  # the fold of the chunk before has read its lanes
-            lanes[here], lanes[BLOCK + here], lanes[2 * BLOCK + here] = seen[0], seen[1], seen[2]
-            lanes[3 * BLOCK + here], lanes[4 * BLOCK + here] = seen[3], seen[4]
-            _fold(lanes, lane)
-            if lane == 0 and chunk < chunks:
-                at, beside = 2 * chunk, 2 * (apart + chunk)
-                last = 2 * (2 * apart + chunk)
-                sums[at], sums[at + 1] = lanes[here], lanes[3 * BLOCK + here]
-                sums[beside], sums[beside + 1] = lanes[BLOCK + here], lanes[4 * BLOCK + here]
-                sums[last], sums[last + 1] = lanes[2 * BLOCK + here], 0.0
+            sum_up(lanes, seen, chunk, chunks, sums, apart)
             first += cuda.gridDim.x * _WARPS
         if skipped == 0 and cuda.grid(1) == 0:
             count[0] += 1

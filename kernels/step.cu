@@ -73,6 +73,14 @@ DEVICE Real rounded(double number) {
 // Of a number that is stored as it is.
 DEVICE Real decoded(Real number) { return number; }
 
+// --- What is looked at while it is in registers: here nothing, kernels/units.cu has the rest -----------------
+
+struct Unobserved {
+    METHOD void see(Real, Real, Real, Real, Real) {}
+    METHOD void begin() {}
+    METHOD void end(long long, bool) {}
+};
+
 // --- Tuples --------------------------------------------------------------------------------------------------
 
 template <class... Values> struct Tuple;

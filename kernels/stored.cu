@@ -81,8 +81,8 @@ constexpr int STATES = 2 + IS_THERE<State2> + IS_THERE<State3>;
 // --- The loop ------------------------------------------------------------------------------------------------
 
 // All loads before all stores.
-template <class At, class Rounding, class Coefficients>
-DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coefficients& c) {
+template <class At, class Rounding, class Coefficients, class Seen>
+DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coefficients& c, Seen& seen) {
     constexpr int N = At::N;
     Param param[N]{};
     Gradient grad[N];
@@ -105,7 +105,8 @@ DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coef
         now[0] = decoded(state0[k]), now[1] = decoded(state1[k]);
         if constexpr (IS_THERE<State2>) now[2] = decoded(state2[k]);
         if constexpr (IS_THERE<State3>) now[3] = decoded(state3[k]);
-        auto [number, state] = update(starts_from(param[k], master[k]), decoded(grad[k]), pack_state(now), c);
+        const Real before = starts_from(param[k], master[k]), given = decoded(grad[k]);
+        auto [number, state] = update(before, given, pack_state(now), c);
         unpack_state(state, now);
         const auto words = rounding.words(at.index(k));
         encode(now[0], state0[k], words.exp_avg());
@@ -114,6 +115,7 @@ DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coef
         if constexpr (IS_THERE<State3>) encode(now[3], state3[k], Nearest{});  // an average: never rounded
         keep(number, param[k], master[k], words.param());
         if constexpr (IS_THERE<Out>) encode(number, out[k], Nearest{});
+        seen.see(before, given, starts_from(param[k], master[k]), decoded(state0[k]), c.rule.step_size);
     }
     write(arrays.params, at, param);
     if constexpr (IsMutable<Grad>::value) {
@@ -139,12 +141,13 @@ DEVICE void step_stored(const Arrays& arrays, long long size, long long head, lo
         if constexpr (IsMutable<Grad>::value) for (long long i = thread; i < size; i += threads) clear(arrays.grads, i);
         return;
     }
+    Unobserved seen;
 #pragma unroll 1
     for (long long k = thread; k < packs; k += threads)
-        step_some(arrays, Packed<LANES>{head + k * LANES}, rounding, c);
+        step_some(arrays, Packed<LANES>{head + k * LANES}, rounding, c, seen);
 #pragma unroll 1
     for (long long k = thread; k < size - packs * LANES; k += threads)
-        step_some(arrays, Packed<1>{k < head ? k : k + packs * LANES}, rounding, c);
+        step_some(arrays, Packed<1>{k < head ? k : k + packs * LANES}, rounding, c, seen);
 }
 
 // What a step over units steps.
@@ -153,7 +156,7 @@ template <class Rounding> struct StoredElements {
     Rounding rounding;
     METHOD void clear(long long i) const { ::clear(arrays.grads, i); }
     template <int N, class Coefficients, class Seen>
-    METHOD void step(long long i, const Coefficients& c, Seen&) const {
-        step_some(arrays, Apart<N>{i}, rounding, c);
+    METHOD void step(long long i, const Coefficients& c, Seen& seen) const {
+        step_some(arrays, Apart<N>{i}, rounding, c, seen);
     }
 };

@@ -27,12 +27,6 @@ template <class Decay> DEVICE auto transform(Real param, Real grad, Perhaps<Deca
 
 enum { GRADS, UPDATES, PARAMS, KINDS };
 
-struct Unobserved {
-    METHOD void see(Real, Real, Real, bool) {}
-    METHOD void begin() {}
-    METHOD void end(long long, bool) {}
-};
-
 struct Observed {
     Sums (*lanes)[THREADS];
     Sums* sums;  // KINDS arrays, so many sums apart:
@@ -43,10 +37,11 @@ struct Observed {
 #pragma unroll
         for (int kind = 0; kind < KINDS; ++kind) seen[kind] = {0, 0};
     }
-    METHOD void see(Real before, Real grad, Real after, bool vanished) {
+    // Of an element, its first moment afterwards, or what is zero where that is.
+    METHOD void see(Real before, Real grad, Real after, Real exp_avg, Real step_size) {
         const double now = wide(after.value), change = minus(now, wide(before.value));
         seen[GRADS] = plus(seen[GRADS], of_gradient(grad));
-        seen[UPDATES] = plus(seen[UPDATES], Sums{times(change, change), vanished});
+        seen[UPDATES] = plus(seen[UPDATES], Sums{times(change, change), vanishes(before, after, exp_avg, step_size)});
         seen[PARAMS] = plus(seen[PARAMS], Sums{times(now, now), 0});
     }
     // Every thread of the block comes here.
@@ -75,7 +70,7 @@ DEVICE void step_some(Real* params, Grad* grads, Real* const (&states)[STATES], 
     for (int k = 0; k < N; ++k) {
         auto [new_param, new_state] = update(param[k], grad[k], pack_state(state[k]), c);
         unpack_state(new_state, state[k]);
-        seen.see(param[k], grad[k], new_param, vanishes(param[k], new_param, state[k][0], c.rule.step_size));
+        seen.see(param[k], grad[k], new_param, state[k][0], c.rule.step_size);
         param[k] = new_param;
     }
 #pragma unroll

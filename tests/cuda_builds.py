@@ -153,7 +153,7 @@ def _cupy_arguments(build: Build) -> tuple[str, tuple[int, int], tuple[str, ...]
 
 def source_of(build: Build) -> str:
     """Return the CUDA C++ of the module that holds a kernel."""
-    return cuda_source.source(build.types, units=build.entry in UNIT_STEPS + UNIT_ENTRIES)
+    return cuda_source.source_of(build.entry, build.types)
 
 
 def plant(statement: str, number: str = "float", name: str = "planted") -> str:

@@ -78,7 +78,7 @@ def _c(value):
 
 MEETING = {"measure", "decide", "measure_units", "sum_groups", "step_units_observed", "conclude"}
 """Kernels whose threads wait for each other: each gets a thread of its own."""
-STEPS = {"step", "step_captured", "step_units"}
+STEPS = {"step", "step_captured", "step_units", "step_across"}
 """Kernels that do where states come in blocks."""
 
 POOL = ThreadPoolExecutor(256)

@@ -188,6 +188,7 @@ EXPRESSIONS |= {  # of moments in 8 bits
     "max.s32": "max({0}, {1}, key=lambda value: signed(value, 32))",
     "bfe.u32": "{0} >> {1} & (1 << {2}) - 1",
     "bfi.b32": "({1} & ~((1 << {3}) - 1 << {2}) | ({0} & (1 << {3}) - 1) << {2}) & U32",
+    "bfi.b64": "({1} & ~((1 << {3}) - 1 << {2}) | ({0} & (1 << {3}) - 1) << {2}) & U64",
     "rcp.rn.f32": "np.float32(1) / {0}",
     "min.f32": "min({0}, {1})",  # of numbers
     "prmt.b32": "permuted({0}, {1}, {2})",
@@ -239,8 +240,7 @@ class Program:
         self.waits = any(op.startswith("bar.sync") for _, op, _ in code)
         """Whether the threads of a block wait for each other."""
         self.exchanges = any(re.match(_EXCHANGE, op) for _, op, _ in code)
-        """Whether the lanes of a warp exchange numbers: they wait for no others then."""
-        assert not (self.waits and self.exchanges)
+        """Whether the lanes of a warp exchange numbers."""
         labels = [instruction.op for instruction in code if instruction.op.startswith("$")]
         self._blocks = {label: number for number, label in enumerate(labels, start=1)}
         # A jump names a block and goes back to the top, from where all blocks before that one are skipped.
@@ -275,12 +275,11 @@ class Program:
                 self.thread(block, thread, blocks, threads, arguments, memory, shared)
                 for thread in range(threads)
             ]
-            for warp in range(0, threads, WARP) if self.exchanges else ():
-                with np.errstate(all="ignore"):
-                    _exchange(runs[warp : warp + WARP])
-            while self.waits and runs:
-                with np.errstate(all="ignore"):
-                    waiting = [run for run in runs if next(run, None)]
+            while (self.waits or self.exchanges) and runs:
+                waiting = []
+                for first in range(0, threads, WARP):
+                    with np.errstate(all="ignore"):
+                        waiting += _to_barrier(runs[first : first + WARP])
                 assert len(waiting) in (0, len(runs)), "threads of a block left others at a barrier"
                 runs = waiting
 
@@ -360,11 +359,14 @@ def _exchanged(op: str, operands: list[str]) -> str:
     return f"{_value(result)} = yield '{op}', {value}, {apart}, {mask}"
 
 
-def _exchange(lanes: list[Iterator]) -> None:
-    """Run the lanes of a warp, from one exchange to the next: all of them take part in all."""
+def _to_barrier(lanes: list[Iterator]) -> list[Iterator]:
+    """Run the lanes of a warp, from one exchange to the next; return those that wait at a barrier then.
+
+    All of them take part in all exchanges.
+    """
     asked = [next(lane, None) for lane in lanes]
-    while any(asked):
-        assert all(asked), "lanes of a warp left others at an exchange"
+    while any(type(request) is tuple for request in asked):
+        assert all(type(request) is tuple for request in asked), "lanes of a warp left others at an exchange"
         ops, values, aparts, masks = zip(*asked, strict=True)
         assert len(lanes) == WARP, "a warp that is not whole"
         assert len(set(ops)) == len(set(aparts)) == 1, "lanes are not where others are"
@@ -374,6 +376,7 @@ def _exchange(lanes: list[Iterator]) -> None:
         else:
             answers = [max(values)] * WARP
         asked = [_sent(lane, answer) for lane, answer in zip(lanes, answers, strict=True)]
+    return [lane for lane, request in zip(lanes, asked, strict=True) if request]
 
 
 def _sent(lane: Iterator, answer: object) -> object:

@@ -5,21 +5,28 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
+import sass
 from cuda_builds import SM_90, _numba, compile_cuda, text
 from host_gpu import HostGpu
 from ptx import Memory, Program, entries
 
 from fastadam.kernels import cuda_source
-from fastadam.kernels.cuda import UNIT_ENTRIES, UNIT_STEPS
 
 
 def ptx_of(backend, entry, types):
     """Return the PTX of a kernel for any types."""
     if backend == "cupy":
-        source = cuda_source.source(types, units=entry in UNIT_STEPS + UNIT_ENTRIES)
-        return entries(compile_cuda(source)[0])[entry]
+        return entries(compile_cuda(cuda_source.source_of(entry, types))[0])[entry]
     (only,) = entries(text(_numba(entry, types, SM_90, "-ptx"))).values()
     return only
+
+
+def kernel_of(backend, entry, types, capability):
+    """Return the machine code of a kernel for any types."""
+    if backend == "cupy":
+        return sass.kernels(compile_cuda(cuda_source.source_of(entry, types), capability)[1])[entry]
+    (kernel,) = sass.kernels(_numba(entry, types, capability)).values()
+    return kernel
 
 
 @cache

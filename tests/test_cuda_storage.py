@@ -310,15 +310,11 @@ SPLIT = "master_params must be None or 'float32' for float16 parameters; got 'sp
         ({"state_dtype": "bfloat16"}, ("f8", "f8"), ValueError,
          "state_dtype must be 'float32', the default, for float64 parameters; got 'bfloat16'."),
         ({"master_params": "split"}, ("f2", "f2"), ValueError, SPLIT),
-        ({"telemetry": True}, (BF16, BF16), ValueError,
-         "telemetry must be False with 16-bit storage or out, for now; got True."),
-        ({"telemetry": True, "state_dtype": "bfloat16"}, ("f4", "f4"), ValueError,
-         "telemetry must be False with 16-bit storage or out, for now; got True."),
     ],
 )  # fmt: skip
 def test_storage_that_is_refused(cupy, flags, kinds, error, message, stepped):
     opt = FusedAdam(**flags)
-    if stepped and "telemetry" not in flags:
+    if stepped:
         good = "f4" if "master_params" not in flags else BF16
         opt.step(ones(cupy, dtype=good), ones(cupy, dtype=good))
         if kinds[0] == "f8":

@@ -11,7 +11,7 @@ from storage_cases import CASES, DTYPES, case_id, encoded, options
 from tolerances import assert_same_bits
 from unit_steps import parts
 
-from fastadam import FusedAdam
+from fastadam import FusedAdam, Segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -81,6 +81,14 @@ def test_all_pairs_of_features(backend, rng, case, capturable):
             together(library, backend, size, case, rng, capturable=capturable, rounding=rounding)
 
 
+@MODES
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_telemetry(backend, rng, case, capturable):
+    library = of_backend(backend)
+    for size in (75, 100_003):
+        together(library, backend, size, case, rng, capturable=capturable, telemetry=True)
+
+
 @pytest.mark.parametrize("kind", DTYPES)
 def test_arrays_of_each_library(backend, library, rng, kind):
     params, gradients = problem(rng, 4099, kind, kind)
@@ -127,11 +135,13 @@ def test_accumulated_gradients(backend, library, rng, grads, capturable):
     assert_same(library, (device, buffer), (cpu, params))
 
 
-def test_a_replay_draws_anew(backend, rng):
+@pytest.mark.parametrize("telemetry", [False, True], ids=["plain", "telemetry"])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_a_replay_draws_anew(backend, rng, state_dtype, telemetry):
     library = of_backend("cupy")
     params, gradients = problem(rng, 4099, steps=8)
     gradients[3][9] = np.nan  # is skipped, and its bits are drawn by the next one
-    flags = {"state_dtype": "bfloat16", "skip_nonfinite": True, **ODD}
+    flags = {"state_dtype": state_dtype, "skip_nonfinite": True, "telemetry": telemetry, **ODD}
     cpu = FusedAdam(backend="cpu", **flags)
     opt, buffer = FusedAdam(backend=backend, capturable=True, **flags), put(library, params)
     sent = put(library, gradients[0])
@@ -208,16 +218,46 @@ def test_all_pairs_of_features_in_8_bits(backend, rng, case, capturable):
         in_blocks(library, backend, size, case, rng, capturable=capturable)
 
 
+@MODES
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=case_id)
+def test_telemetry_in_8_bits(backend, rng, case, capturable):
+    library = of_backend(backend)
+    for size in (300, 100_003):
+        in_blocks(library, backend, size, case, rng, capturable=capturable, telemetry=True)
+
+
+def test_telemetry_of_ten_thousand_segments(backend, rng):
+    """Of which most blocks have elements of two, and of many blocks that begin at any lane."""
+    library, size = of_backend(backend), 1_000_000
+    frozen = [Segment(100 * k, 100 * k + 1, frozen=True) for k in range(5_000)]
+    options = {"telemetry": True, "segments": [*frozen, Segment(500_000, 500_003, frozen=True)]}
+    for state_dtype in ("8bit", "bfloat16"):
+        params, gradients = problem(rng, size)
+        cpu = FusedAdam(state_dtype=state_dtype, **options)
+        device = FusedAdam(backend=backend, state_dtype=state_dtype, **options)
+        buffer = put(library, params)
+        for grads in gradients:
+            cpu.step(params, grads)
+            device.step(buffer, put(library, grads))
+            assert device.last_step == cpu.last_step
+        library.synchronize()
+        assert_same_bits(get(library, buffer), params)
+        assert_same_state(device.state_dict(), cpu.state_dict())
+
+
+@pytest.mark.parametrize("telemetry", [False, True], ids=["plain", "telemetry"])
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 2**20 + 77])
-def test_sizes_in_8_bits(backend, rng, size):
+def test_sizes_in_8_bits(backend, rng, size, telemetry):
     library = of_backend(backend)
     params, gradients = problem(rng, size + 1, "float32", "float32")
     for at in (0, 1):
-        cpu, device = (FusedAdam(backend=name, state_dtype="8bit") for name in ("cpu", backend))
+        flags = {"state_dtype": "8bit", "telemetry": telemetry}
+        cpu, device = (FusedAdam(backend=name, **flags) for name in ("cpu", backend))
         ours, theirs = params.copy(), put(library, params)
         for grads in gradients:
             cpu.step(ours[at:], grads[at:])
             device.step(theirs[at:], put(library, grads)[at:])
+            assert device.last_step == cpu.last_step
         library.synchronize()
         assert_same_bits(get(library, theirs), ours)
         assert_same_state(device.state_dict(), cpu.state_dict())

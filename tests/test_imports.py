@@ -48,7 +48,13 @@ FLOORS = [
     {"kernels.elements"},
     {"kernels.compiling", "kernels.cubins", "kernels.cuda", "kernels.run_chunks", "kernels.threads"},
     {"kernels.block_tables", "kernels.cuda_block_views"},
-    {"kernels.cuda_decide", "kernels.cuda_loop", "kernels.cuda_stored_source", "kernels.cuda_units"},
+    {
+        "kernels.cuda_decide",
+        "kernels.cuda_loop",
+        "kernels.cuda_seen",
+        "kernels.cuda_stored_source",
+        "kernels.cuda_units",
+    },
     {
         "kernels.cuda_clock",
         "kernels.cuda_source",
@@ -57,6 +63,7 @@ FLOORS = [
     },
     {"kernels.cuda_units_loop", "kernels.norms"},
     {"kernels.cuda_blocks_loop"},
+    {"kernels.cuda_blocks_observed"},
     {"kernels.cpu", "kernels.segment_norms"},
     {"kernels.cuda_cupy", "kernels.cuda_numba", "kernels.stored"},
     {"kernels.segments"},

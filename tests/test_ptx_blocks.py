@@ -7,17 +7,16 @@ import re
 import numpy as np
 import pytest
 import sass
-from block_cases import BLOCK_CASES, ODD, assert_same_state, gradients_of
-from cuda_builds import BACKENDS, SM_80, SM_90, SM_100, _numba, compile_cuda
+from block_cases import BLOCK_CASES, ODD, ORDERS, assert_same_state, gradients_in_order, gradients_of
+from cuda_builds import BACKENDS, SM_80, SM_90, SM_100
 from ptx import Program, count
 from storage_cases import DTYPES, case_id, encoded, options
-from stored_gpu import StoredGpu, program, ptx_of, use
+from stored_gpu import StoredGpu, kernel_of, program, ptx_of, use
 from tolerances import assert_same_bits
 from unit_steps import parts
 
 from fastadam import FusedAdam, Segment
 from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.kernels import cuda_source
 from fastadam.kernels.device_storage import StoredTypes
 
 N = 300
@@ -80,6 +79,66 @@ def test_bits_of_the_cpu(monkeypatch, rng, backend, case):
     flags = {"rounding": "nearest" if k % 4 == 3 else "stochastic", "capturable": bool(k % 2)}
     segments = parts(N) if case["segments"] else ()
     assert_runs(monkeypatch, rng, backend, case, segments=segments, **flags)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [*(("cupy", case) for case in BLOCK_CASES[1::6]), *(("numba-cuda", case) for case in BLOCK_CASES[1::12])],
+    ids=lambda value: value if isinstance(value, str) else case_id(value),
+)
+def test_telemetry(monkeypatch, rng, backend, case):
+    """Of chunks that share blocks, and, behind them, of whole blocks that begin at any lane."""
+    segments = parts(N) if case["segments"] else [Segment(2, 3, frozen=True)]
+    launched = assert_runs(monkeypatch, rng, backend, case, segments=segments, telemetry=True)
+    assert {"step_across", "step_units_observed"} <= set(launched)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@each_backend
+def test_sums_are_in_the_order_of_the_tree(monkeypatch, backend, order):
+    gpu = StoredGpu(backend)
+    use(monkeypatch, gpu)
+    segments = [Segment(0, ORDERS[order][0], frozen=True)]
+    opt = FusedAdam(telemetry=True, state_dtype="8bit", backend=backend, segments=segments)
+    opt.step(gpu.put(np.ones(2300, np.float32)), gpu.put(gradients_in_order(order)))
+    assert opt.last_step.grad_norm == 2**27
+
+
+@each_backend
+def test_telemetry_of_whole_blocks(monkeypatch, rng, backend):
+    """Where packs begin, and elsewhere: it takes elements one by one."""
+    for place in (0, 1):
+        launched = assert_runs(monkeypatch, rng, backend, PLAIN, place=place, telemetry=True)
+        assert "step_across" not in launched
+
+
+@pytest.mark.parametrize(
+    ("entry", "right", "wrong"),
+    [
+        ("step_units_observed", r"and\.b(\d+)(.*), 127;", r"and.b\1\2, 255;"),
+        ("step_units_observed", r"sub\.rn\.f64", "add.rn.f64"),
+        ("step_across", r"st\.global\.f32", "// "),
+    ],
+    ids=["moment", "update", "kept"],
+)
+@each_backend
+def test_what_telemetry_needs_is_seen(monkeypatch, rng, backend, entry, right, wrong):
+    """A moment that is zero with a sign is zero; what was before a step is kept."""
+
+    def spoilt(backend, name, types):
+        if name != entry:
+            return program(backend, name, types)
+        code, behind = ptx_of(backend, name, types), ""
+        if entry == "step_across":  # what is kept is stored before lanes wait for the first time
+            code, wait, behind = code.partition("bar.warp.sync")
+            behind = wait + behind
+        assert re.search(right, code)
+        return Program(re.sub(right, wrong, code) + behind)
+
+    segments = [Segment(2, 3, frozen=True)]
+    flags = {"segments": segments, "telemetry": True, "rounding": "nearest", "lr": 1e-4}
+    with pytest.raises(AssertionError):
+        assert_runs(monkeypatch, rng, backend, PLAIN, spoilt, **flags)
 
 
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 257])
@@ -217,21 +276,31 @@ def types_of(storage):
     return Coefficients(Hyperparameters(**flags), F32).scaled_types._replace(stored=stored)
 
 
+HARMLESS = r"""(add|sub|mul|div|sqrt|rcp)\.rn\.f32
+    | (neg|min|max|selp|mov|setp\.(lt|le|gt|ge|eq|ne|num|nan)u?)\.f32 | ld\.param\.f32
+    | (ld|st)\.global(\.v[24])?\.(f32|[usb](8|16|32|64))
+    | (redux\.sync\.max|shfl\.sync\.bfly)\.[ub]32 | bar\.warp\.sync
+    | [a-z]+(\.[a-z]+)*(\.[usb](8|16|32|64))+  # of integers
+    | (and|or|xor|not|mov)\.pred | bra(\.uni)? | ret | \$\w+"""
+SEEN = r""" | (add|sub|mul)\.rn\.f64 | (sub|mov|selp)\.f64 | cvt\.f64\.f32 | setp\.neu\.f64
+    | (ld|st)\.(global|shared)\.(f64|[usb]64) | bar\.sync"""
+"""Of what is seen; the difference of a number and itself cannot be fused."""
+
+
 @each_backend
 @pytest.mark.parametrize("entry", STEPS)
 @each_storage
 def test_nothing_is_fused_flushed_or_of_float64(backend, entry, storage):
     ops = count(ptx_of(backend, entry, types_of(storage)))
-    harmless = re.compile(
-        r"""(add|sub|mul|div|sqrt|rcp)\.rn\.f32
-        | (neg|min|max|selp|mov|setp\.(lt|le|gt|ge|eq|ne|num|nan)u?)\.f32 | ld\.param\.f32
-        | (ld|st)\.global(\.v[24])?\.(f32|[usb](8|16|32|64))
-        | (redux\.sync\.max|shfl\.sync\.bfly)\.[ub]32 | bar\.warp\.sync
-        | [a-z]+(\.[a-z]+)*(\.[usb](8|16|32|64))+  # of integers
-        | (and|or|xor|not|mov)\.pred | bra(\.uni)? | ret | \$\w+""",
-        re.VERBOSE,
-    )
-    assert {op for op in ops if not harmless.fullmatch(op)} == set()
+    assert {op for op in ops if not re.fullmatch(HARMLESS, op, re.VERBOSE)} == set()
+
+
+@each_backend
+@pytest.mark.parametrize("entry", ["step_units_observed", "step_across"])
+@pytest.mark.parametrize("storage", ["pair", "whole"])
+def test_nothing_is_fused_or_flushed_in_telemetry(backend, entry, storage):
+    ops = count(ptx_of(backend, entry, types_of(storage)))
+    assert {op for op in ops if not re.fullmatch(HARMLESS + SEEN, op, re.VERBOSE)} == set()
 
 
 @each_backend
@@ -259,13 +328,22 @@ def test_registers_suffice(backend, storage, capability):
     """Two blocks of 256 threads on a multiprocessor, and nothing in memory that should be in registers."""
     types, codes = types_of(storage), []
     for entry in STEPS:
-        if backend == "cupy":
-            module = compile_cuda(cuda_source.source(types, units=entry == "step_units"), capability)[1]
-            kernel = sass.kernels(module)[entry]
-        else:
-            (kernel,) = sass.kernels(_numba(entry, types, capability)).values()
+        kernel = kernel_of(backend, entry, types, capability)
         assert kernel.registers <= 128
         assert (kernel.stack, kernel.local) == (0, 0)
         codes.append(kernel.code)
     names = {name for listing in sass.disassemble(codes, capability) for name in listing}
     assert not {name for name in names if name.startswith(("LDL", "STL"))}
+
+
+@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100], ids=str)
+@each_backend
+@pytest.mark.parametrize("storage", ["plain", "whole"])
+def test_registers_suffice_for_telemetry(backend, storage, capability):
+    """Of Numba's code with all else, 20 numbers lie in memory (sm_90)."""
+    for entry in ("step_across", "step_units_observed"):
+        kernel = kernel_of(backend, entry, types_of(storage), capability)
+        is_whole = (backend, storage, entry) == ("numba-cuda", "whole", "step_units_observed")
+        assert kernel.registers <= 128
+        assert kernel.stack <= (80 if is_whole else 0)
+        assert kernel.local == 0

@@ -7,16 +7,15 @@ import re
 import numpy as np
 import pytest
 import sass
-from cuda_builds import BACKENDS, SM_80, SM_90, SM_100, _numba, compile_cuda
+from cuda_builds import BACKENDS, SM_80, SM_90, SM_100
 from ptx import Program, count
 from storage_cases import CASES, DTYPES, case_id, encoded, options
-from stored_gpu import StoredGpu, program, ptx_of, use
+from stored_gpu import StoredGpu, kernel_of, program, ptx_of, use
 from tolerances import assert_same_bits
 from unit_steps import parts
 
 from fastadam import FusedAdam
 from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.kernels import cuda_source
 from fastadam.kernels.device_storage import StoredTypes
 
 N = 75
@@ -60,6 +59,12 @@ def test_bits_of_the_cpu(monkeypatch, rng, backend, case):
     k = CASES.index(case)
     rounding = "nearest" if k % 4 == 3 else "stochastic"
     assert_runs(monkeypatch, rng, backend, case, rounding=rounding, capturable=bool(k % 2))
+
+
+@pytest.mark.parametrize("case", CASES[1::7], ids=case_id)
+@each_backend
+def test_telemetry(monkeypatch, rng, backend, case):
+    assert "step_units_observed" in assert_runs(monkeypatch, rng, backend, case, telemetry=True)
 
 
 PLAIN = {
@@ -108,6 +113,23 @@ def test_wrong_constants_are_seen(monkeypatch, rng, backend, entry, right, wrong
         assert_runs(monkeypatch, rng, backend, PLAIN, spoilt, capturable=True)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("sub.rn.f64", "add.rn.f64"), ("mul.rn.f64", "add.rn.f64"), ("setp.eq.f32", "setp.ne.f32")],
+)
+@each_backend
+def test_wrong_instructions_of_telemetry_are_seen(monkeypatch, rng, backend, right, wrong):
+    def spoilt(backend, name, types):
+        if name != OBSERVED:
+            return program(backend, name, types)
+        code = ptx_of(backend, name, types)
+        assert right in code
+        return Program(code.replace(f"{right} ", f"{wrong} "))
+
+    with pytest.raises(AssertionError):
+        assert_runs(monkeypatch, rng, backend, PLAIN, spoilt, telemetry=True)
+
+
 @each_backend
 @pytest.mark.parametrize("entry", ["measure", "measure_units", "accumulate", "widen", "clear_units"])
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
@@ -142,6 +164,7 @@ STORED = {
     "whole-float16": (StoredTypes(F16, F16, (BF16, BF16, BF16, F32), None, F16, rounds=True), WHOLE),
 }
 STEPS = ["step", "step_captured", "step_units"]
+OBSERVED = "step_units_observed"
 
 each_storage = pytest.mark.parametrize("storage", STORED)
 each_step = pytest.mark.parametrize("entry", STEPS)
@@ -152,21 +175,31 @@ def types_of(storage):
     return Coefficients(Hyperparameters(**flags), F32).scaled_types._replace(stored=stored)
 
 
+HARMLESS = r"""(add|sub|mul|div|sqrt)\.rn\.f32
+    | (neg|selp|mov|setp\.(lt|le|gt|ge|eq|ne|num|nan)u?)\.f32 | ld\.param\.f32
+    | cvt\.(f32\.f16|rn\.f16\.f32|rzi\.u32\.f32)
+    | (ld|st)\.global(\.v[24])?\.(f32|[usb](16|32|64))
+    | [a-z]+(\.[a-z]+)*(\.[usb](16|32|64))+  # of integers
+    | (and|or|xor|not|mov)\.pred | bra(\.uni)? | ret | \$\w+"""
+SEEN = r""" | (add|sub|mul)\.rn\.f64 | (sub|mov|selp)\.f64 | cvt\.f64\.f32 | setp\.neu\.f64
+    | (ld|st)\.(global|shared)\.(f64|[usb]64) | bar\.sync"""
+"""Of what is seen; the difference of a number and itself cannot be fused."""
+
+
 @each_backend
 @each_step
 @each_storage
 def test_nothing_is_fused_flushed_or_of_float64(backend, entry, storage):
     ops = count(ptx_of(backend, entry, types_of(storage)))
-    harmless = re.compile(
-        r"""(add|sub|mul|div|sqrt)\.rn\.f32
-        | (neg|selp|mov|setp\.(lt|le|gt|ge|eq|ne|num|nan)u?)\.f32 | ld\.param\.f32
-        | cvt\.(f32\.f16|rn\.f16\.f32|rzi\.u32\.f32)
-        | (ld|st)\.global(\.v[24])?\.(f32|[usb](16|32|64))
-        | [a-z]+(\.[a-z]+)*(\.[usb](16|32|64))+  # of integers
-        | (and|or|xor|not|mov)\.pred | bra(\.uni)? | ret | \$\w+""",
-        re.VERBOSE,
-    )
-    assert {op for op in ops if not harmless.fullmatch(op)} == set()
+    assert {op for op in ops if not re.fullmatch(HARMLESS, op, re.VERBOSE)} == set()
+
+
+@each_backend
+@pytest.mark.parametrize("entry", [OBSERVED])
+@pytest.mark.parametrize("storage", ["split", "whole"])
+def test_nothing_is_fused_or_flushed_in_telemetry(backend, entry, storage):
+    ops = count(ptx_of(backend, entry, types_of(storage)))
+    assert {op for op in ops if not re.fullmatch(HARMLESS + SEEN, op, re.VERBOSE)} == set()
 
 
 @each_backend
@@ -194,13 +227,20 @@ def test_registers_suffice(backend, storage, capability):
     """Two blocks of 256 threads on a multiprocessor, and nothing in memory that should be in registers."""
     types, codes = types_of(storage), []
     for entry in STEPS:
-        if backend == "cupy":
-            module = compile_cuda(cuda_source.source(types, units=entry == "step_units"), capability)[1]
-            kernel = sass.kernels(module)[entry]
-        else:
-            (kernel,) = sass.kernels(_numba(entry, types, capability)).values()
+        kernel = kernel_of(backend, entry, types, capability)
         assert kernel.registers <= 128
         assert (kernel.stack, kernel.local) == (0, 0)
         codes.append(kernel.code)
     names = {name for listing in sass.disassemble(codes, capability) for name in listing}
     assert not {name for name in names if name.startswith(("LDL", "STL"))}
+
+
+@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100], ids=str)
+@each_backend
+@pytest.mark.parametrize("storage", ["split", "whole"])
+def test_registers_suffice_for_telemetry(backend, storage, capability):
+    """Of Numba's code with all else, two numbers lie in memory (sm_90)."""
+    kernel = kernel_of(backend, OBSERVED, types_of(storage), capability)
+    assert kernel.registers <= 128
+    assert kernel.stack <= (8 if (backend, storage) == ("numba-cuda", "whole") else 0)
+    assert kernel.local == 0

@@ -177,7 +177,7 @@ def test_neighbours_of_a_warp_access_neighbours(backend, dtype, entry):
     clock = clocks.fitting(None, gpu, buffer, h, c, c.scaled_types, 0, segments)
     states = tuple(gpu.buffer(np.ones(EACH, dtype), 0) for _ in h.state)
     pointers = [array.pointer for array in (buffer, gpu.buffer(np.ones(EACH, dtype), 0), *states)]
-    kernel, blocks, threads, arguments = clock.units.step(tuple(pointers), clock.arguments)
+    ((kernel, blocks, threads, arguments),) = clock.units.steps(tuple(pointers), clock.arguments)
     gpu.memory._find = logged
     for lane in range(32):
         seen.append([])
