@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import numpy as np
-from storage_cases import CASES, encoded
+from phase_cases import pairwise
+from storage_cases import encoded
 
-_INSTEAD = {
-    "float32": "8bit",
-    "bfloat16": ("8bit", "bfloat16"),
-    ("bfloat16", "float32"): ("bfloat16", "8bit"),
-    ("float32", "bfloat16"): ("8bit", "float32"),
+FACTORS = {
+    "state_dtype": [
+        "8bit",
+        ("8bit", "float32"),
+        ("bfloat16", "8bit"),
+        ("8bit", "bfloat16"),
+        ("float32", "8bit"),
+    ],
+    "params": ["float32", "bfloat16", "float16"],
+    "grads": ["float32", "bfloat16", "float16"],
+    "decay": ["none", "l2", "adamw"],
+    "master_params": [None, "float32", "split"],
+    "out": [None, "float32", "float16", "bfloat16"],
+    "rounding": ["stochastic", "nearest"],
+    "amsgrad": [False, True],
+    "maximize": [False, True],
+    "ema_decay": [None, 0.9],
+    "max_grad_norm": [None, 5.0],
+    "max_grad_value": [None, 0.4],
+    "grad_scale": [None, 3.0],
+    "skip_nonfinite": [False, True],
+    "zero_grads": [False, True],
+    "segments": [False, True],
 }
-BLOCK_CASES = [{**case, "state_dtype": _INSTEAD[case["state_dtype"]]} for case in CASES]
-"""Those of storage, with 8 bits in place of one format of moments or the other."""
+BLOCK_CASES = [
+    {name: values[i] for (name, values), i in zip(FACTORS.items(), case, strict=True)}
+    for case in pairwise(list(FACTORS.values()))
+]
+"""Every pair of levels, but for masters; the same for each backend: the CPU's loops are compiled once."""
+for case in BLOCK_CASES:  # masters for what has them; at random to float16: test_rounding
+    if case["params"] == "float16":
+        case["master_params"] = "float32"
+    if case["params"] == "float32":
+        case["master_params"] = None
 
 ODD = {"seed": 3, "offset": 2**32 - 20}
 """Other random bits than by default, and two keys for one buffer."""

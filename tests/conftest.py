@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,28 @@ import pytest
 # Subprocesses must find the package that is being tested, not the source tree in the working directory.
 os.environ["PYTHONSAFEPATH"] = "1"
 
+# GNU OpenMP's threads spin after a parallel region: beside another worker of the tests, every region waits.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 with contextlib.suppress(ImportError):  # ci/gpu.sh runs where it may be missing
     from hypothesis import settings
 
     settings.register_profile("fastadam", deadline=None, derandomize=True, max_examples=40)
     settings.load_profile("fastadam")
+
+SHARED = "FASTADAM_TESTS_SHARE"
+"""Names the folder of one run, in which its workers share what they compile: cuda_builds.py, fake_cupy.py."""
+
+
+def pytest_configure(config):
+    if SHARED not in os.environ:  # a worker has it from the process that started it
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="fastadam-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True))
+
+
+def pytest_sessionstart():
+    # What a test starts is no worker of pytest-xdist: there, pytest-benchmark would measure nothing.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture
@@ -37,9 +56,11 @@ def all_threads():
 
 
 @pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory):
+def host_kernels():
     """Where CUDA C++ compiled for the host is kept."""
-    return tmp_path_factory.mktemp("host-kernels")
+    folder = Path(os.environ[SHARED]) / "host-kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -22,9 +24,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+_HEADERS = "#include <barrier>\n#include <optional>\n"
+
 _PRELUDE = """
-#include <barrier>
-#include <optional>
 struct Dimension { unsigned x; };
 static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
 static std::optional<std::barrier<>> gate, warps[8];
@@ -51,23 +53,33 @@ extern "C" void place(unsigned block, unsigned thread, unsigned threads, unsigne
 """
 
 
+_WARNINGS = "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror"
+_COMPILER = "g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", *_WARNINGS, "-fPIC"
+
+
 def compile_for_the_host(source: str, folder: Path) -> ctypes.CDLL:
+    """Compile, unless the folder has it; headers, which take as long as all else, once in each process."""
+    headers = folder / f"{os.getpid()}.hpp"
+    if not headers.exists():
+        headers.write_text(_HEADERS)
+        _compile("-x", "c++-header", "-o", f"{headers}.gch", headers)
     library = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:20]}.so"
     if not library.exists():
         code = library.with_suffix(".cpp")
-        code.write_text(_PRELUDE + source)
-        command = [
-            "g++",
-            "-std=c++20",
-            "-O1",
-            "-ffp-contract=off",
-            "-fno-strict-aliasing",
-            "-Wall",
-            "-Wextra",
-        ]
-        quiet = ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-        subprocess.run([*command, *quiet, "-Werror", "-fPIC", "-shared", "-o", library, code], check=True)
+        _make(code, lambda aside: aside.write_text(_PRELUDE + source))
+        _make(library, lambda aside: _compile("-include", headers, "-shared", "-o", aside, code))
     return ctypes.CDLL(str(library))
+
+
+def _compile(*arguments: str | Path) -> None:
+    subprocess.run([*_COMPILER, *arguments], check=True)
+
+
+def _make(path: Path, write: Callable[[Path], object]) -> None:
+    """Write aside and rename: another process sees all of it or nothing."""
+    aside = path.with_name(f"{os.getpid()}-{path.name}")
+    write(aside)
+    aside.replace(path)
 
 
 def _c(value):

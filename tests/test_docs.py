@@ -87,7 +87,7 @@ def test_readme_has_the_quickstart_and_the_two_commands():
     assert any("opt.step(flat_params, flat_grads)" in code for code in blocks("python"))
     commands = "".join(blocks("sh")).splitlines()
     assert 'pip install ".[demo]" && fastadam demo' in commands
-    assert 'pip install -e ".[test]" && pytest' in commands
+    assert 'pip install -e ".[test]" && pytest -n auto --dist worksteal' in commands
 
 
 def test_readme_names_only_files_that_exist():

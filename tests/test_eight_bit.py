@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from block_cases import BLOCK_CASES, FACTORS
 from eight_bit_steps import DTYPES, literal_blocks
-from phase_cases import DECAYS, pairwise
-from storage_cases import case_id, encoded
+from storage_cases import case_id, encoded, options
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam, Segment
 
 N = 300
-
-FACTORS = {
-    "state_dtype": [
-        "8bit",
-        ("8bit", "float32"),
-        ("bfloat16", "8bit"),
-        ("8bit", "bfloat16"),
-        ("float32", "8bit"),
-    ],
-    "params": ["float32", "bfloat16", "float16"],
-    "grads": ["float32", "bfloat16", "float16"],
-    "decay": ["none", "l2", "adamw"],
-    "master_params": [None, "float32", "split"],
-    "out": [None, "float32", "float16"],
-    "rounding": ["stochastic", "nearest"],
-    "amsgrad": [False, True],
-    "maximize": [False, True],
-    "ema_decay": [None, 0.9],
-    "max_grad_norm": [None, 5.0],
-    "max_grad_value": [None, 0.4],
-    "grad_scale": [None, 3.0],
-    "zero_grads": [False, True],
-    "segments": [False, True],
-}
-CASES = [
-    {name: values[i] for (name, values), i in zip(FACTORS.items(), case, strict=True)}
-    for case in pairwise(list(FACTORS.values()))
-]
-for case in CASES:  # masters for what has them; at random to float16: test_rounding
-    if case["params"] == "float16":
-        case["master_params"] = "float32"
-    if case["params"] == "float32":
-        case["master_params"] = None
 
 SEGMENTS = [
     Segment(5, 40, lr=0.03),
@@ -54,11 +21,6 @@ SEGMENTS = [
 ]
 
 
-def options(case):
-    names = ("params", "grads", "out", "grad_scale", "segments", "decay")
-    return {**{k: v for k, v in case.items() if k not in names}, **DECAYS[case["decay"]]}
-
-
 def gradients(rng, size, spread, zeros=7):
     """Return gradients of magnitudes that are 2**(-spread) to 2**spread, some of them zero."""
     grads = rng.standard_normal(size) * np.exp2(rng.integers(-spread, spread + 1, size))
@@ -66,7 +28,7 @@ def gradients(rng, size, spread, zeros=7):
     return grads.astype(np.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=case_id)
 def test_a_step_has_the_bits_of_the_reference(rng, case):
     segments = SEGMENTS if case["segments"] else ()
     opt = FusedAdam(0.01, segments=segments, **options(case))
@@ -96,7 +58,7 @@ def test_a_step_has_the_bits_of_the_reference(rng, case):
 
 def test_cases_have_every_level():
     for name, levels in FACTORS.items():
-        assert {str(case[name]) for case in CASES} == set(map(str, levels))
+        assert {str(case[name]) for case in BLOCK_CASES} == set(map(str, levels))
 
 
 def assert_follows(rng, make_gradients, size=N, steps=200, segments=(), **flags):

@@ -129,6 +129,18 @@ def test_every_module_has_its_floor():
     assert read_all().keys() <= FLOOR.keys()
 
 
+def test_the_package_has_every_file_of_the_tree():
+    """Installed from a wheel: a source of a GPU that it lacks would show only where that is compiled."""
+    root = Path(__file__).resolve().parent.parent
+    for package, folder in ((fastadam, "fastadam"), (kernels, "kernels")):
+        installed, wanted = (
+            {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+            for place in (Path(package.__file__).parent, root / folder)
+        )
+        assert installed.keys() == wanted.keys()
+        assert installed == wanted
+
+
 def test_modules_import_only_downward():
     assert violations(read_all()) == []
 

@@ -53,10 +53,17 @@ def assert_runs(monkeypatch, rng, backend, case, programs=program, *, capturable
     return gpu.launched
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-@each_backend
+OF_BACKEND = {"cupy": CASES, "numba-cuda": CASES[::2]}
+"""Of Numba's, which take long to compile, every other: every level, not every pair."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [(backend, case) for backend, cases in OF_BACKEND.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) else case_id(value),
+)
 def test_bits_of_the_cpu(monkeypatch, rng, backend, case):
-    k = CASES.index(case)
+    k = OF_BACKEND[backend].index(case)
     rounding = "nearest" if k % 4 == 3 else "stochastic"
     assert_runs(monkeypatch, rng, backend, case, rounding=rounding, capturable=bool(k % 2))
 
@@ -65,6 +72,12 @@ def test_bits_of_the_cpu(monkeypatch, rng, backend, case):
 @each_backend
 def test_telemetry(monkeypatch, rng, backend, case):
     assert "step_units_observed" in assert_runs(monkeypatch, rng, backend, case, telemetry=True)
+
+
+def test_cases_of_both_backends_have_every_level():
+    for name in CASES[0]:
+        first, second = ({str(case[name]) for case in cases} for cases in OF_BACKEND.values())
+        assert first == second
 
 
 PLAIN = {
@@ -220,9 +233,18 @@ def test_packs_are_of_four_elements(backend, entry, storage):
         assert sum(ops[op] for op in narrow) == len(buffers) - len(wide)
 
 
-@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100], ids=str)
-@each_backend
-@each_storage
+MOST = ["whole", "whole-float16"]
+"""Storages whose steps take the most registers."""
+
+PLACES = [
+    *((SM_90, backend, storage) for backend in BACKENDS for storage in STORED),
+    *((place, "cupy", storage) for place in (SM_80, SM_100) for storage in STORED),
+    *((place, "numba-cuda", storage) for place in (SM_80, SM_100) for storage in MOST),
+]
+"""Numba takes the longest to compile: off sm_90 only what takes the most registers."""
+
+
+@pytest.mark.parametrize(("capability", "backend", "storage"), PLACES, ids=str)
 def test_registers_suffice(backend, storage, capability):
     """Two blocks of 256 threads on a multiprocessor, and nothing in memory that should be in registers."""
     types, codes = types_of(storage), []

@@ -214,8 +214,9 @@ WAYS = ["1-thread", "2-threads", "pool"]
 
 @pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["8bit", "split", "bfloat16"])
+@pytest.mark.parametrize("name", ["split", "bfloat16"])
 def test_any_threads(rng, monkeypatch, way, name):
+    """With blocks and without: loops of each kind, of which one or the other cuts its shares."""
     size = 50_001
     params, gradients = problem(rng, size, name)
     for segments in ([], mixed(size), [Segment(0, 100, frozen=True)]):
