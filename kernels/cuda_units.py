@@ -78,7 +78,7 @@ class DeviceUnits:
             found = block_tables(units, size, chunks.bounds if observed else None)
             self._blocks_memory, (pieces, first, of_block) = self._placed(list(found[:3]), stream)
             self._of_blocks, self._across = (of_block, pieces, first), found.across
-            self._kept_memory = backend.zeros(_KEPT * found.across, device, stream)
+            self._kept_memory = backend.zeros(_KEPT * max(found.across, 1), device, stream)
             self._kept = backend.address(self._kept_memory)
         self._bounds, self._pieces, self._first, self._gaps_at, self._places = starts[:5]
         self._weight_decays, self._corrections = starts[5:7]

@@ -226,7 +226,7 @@ def test_telemetry_in_8_bits(backend, rng, case, capturable):
         in_blocks(library, backend, size, case, rng, capturable=capturable, telemetry=True)
 
 
-def test_telemetry_of_ten_thousand_segments(backend, rng):
+def test_telemetry_of_thousands_of_segments(backend, rng):
     """Of which most blocks have elements of two, and of many blocks that begin at any lane."""
     library, size = of_backend(backend), 1_000_000
     frozen = [Segment(100 * k, 100 * k + 1, frozen=True) for k in range(5_000)]
