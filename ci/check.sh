@@ -18,7 +18,7 @@ export PATH="$bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 MPLCONFIGDI
 
 step "install, as the README says"
 pip install -e ".[test]"
-pip install -e ".[lint]" build
+pip install -e ".[lint,docs]" build
 
 step "lint and format"
 ruff check .
@@ -26,6 +26,9 @@ ruff format --check .
 
 step "README and committed results agree"
 python -m bench.report --check
+
+step "documentation site"
+sphinx-build -q -W --keep-going -b html docs "$work/docs"
 
 step "tests, as the README says"
 pytest -n auto --dist worksteal

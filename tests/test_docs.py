@@ -56,10 +56,12 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_a_page_runs(page):
+def test_python_of_a_page_runs(page, request):
     """All blocks of a page, one after the other: they share their names."""
     code = blocks("python", page.read_text(encoding="utf-8"))
     assert code
+    if any("import cupy" in block for block in code):
+        request.getfixturevalue("cupy")  # its stand-in
     names = {"__name__": page.stem}
     for block in code:
         exec(compile(block, str(page), "exec"), names)
@@ -81,6 +83,15 @@ def test_links_lead_to_files(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    names = {name for name in fastadam.__all__ if not name.startswith("_")}
+    assert len(names) > 4
+    named = set(re.findall(r"auto(?:class|function|module):: (?:fastadam\.)?([\w.]+)", pages))
+    homes = {name: getattr(getattr(fastadam, name), "__module__", "") for name in names}
+    assert {name for name in names if not named & {name, homes[name].removeprefix("fastadam.")}} == set()
 
 
 def test_readme_has_the_quickstart_and_the_two_commands():

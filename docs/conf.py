@@ -1,0 +1,84 @@
+"""How Sphinx builds the site: ``sphinx-build -W -b html docs build/docs``."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
+import fastadam
+
+logger = logging.getLogger(__name__)
+
+DOCS = Path(__file__).parent
+
+project = "fastadam"
+author = "The fastadam authors"
+project_copyright = author
+version = release = fastadam.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = [  # of modules that are not there
+    f"api/{page.name}" for page in (DOCS / "api").glob("*.md") if find_spec(f"fastadam.{page.stem}") is None
+]
+
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]  # ```math, as the same files show it elsewhere
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say more
+autodoc_mock_imports = [name for name in ("torch", "jax") if find_spec(name) is None]
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"fastadam {version}"
+html_math_renderer = "mathml"
+
+
+def _mathml(node: nodes.math | nodes.math_block, *, as_block: bool) -> str:
+    code = re.sub(r"\\Big(?![a-z])", r"\\Bigl", node.astext())  # the one of the two that docutils knows
+    try:
+        return str(tex2mathml(code, as_block=as_block))
+    except MathError as error:
+        logger.warning("%s in %s", error, code, location=node)
+        return escape(code)
+
+
+def _inline(self: Any, node: nodes.math) -> None:
+    self.body.append(_mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def _display(self: Any, node: nodes.math_block) -> None:
+    self.body.append(_mathml(node, as_block=True))
+    raise nodes.SkipNode
+
+
+def _read(app: Any, page: str, source: list[str]) -> None:
+    """Prepare a page that is also read elsewhere, or that names pages which are still to come."""
+    # benchmarks.md includes of the README, which is no page of the site, what pages link to.
+    source[0] = source[0].replace("](../README.md#", "](benchmarks.md#")
+    if page == "index":  # nothing gets lost: Sphinx warns of a page that stands in no navigation
+        missing = {name for name in re.findall(r"(?m)^[\w/-]+$", source[0]) if name not in app.env.found_docs}
+        source[0] = "\n".join(line for line in source[0].split("\n") if line not in missing)
+
+
+def _link(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Make links of the pages that docstrings name."""
+    lines[:] = [re.sub(r"(?:``)?docs/([\w-]+)\.md(?:``)?", r":doc:`/\1`", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    """Write equations as MathML, so that no page needs a script of another site."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
+    app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _link)
