@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
-from typing import Any, cast
+from os import PathLike
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -28,7 +29,9 @@ from fastadam.kernels.cuda import DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.rounding import PLAIN
 from fastadam.last_step import Done, LastStep
+from fastadam.loss_scale import DynamicLossScale
 from fastadam.precision import StateDtype
+from fastadam.progress import Progress
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments
 from fastadam.state import State, plain, require_keys
@@ -509,6 +512,103 @@ class FusedAdam(Tunables):
         self._hyperparameters = hyperparameters
         self._use(loaded)
         self._replace_state(state, accumulator)
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        params: object = None,
+        loss_scale: DynamicLossScale | None = None,
+        extra: Any = None,
+        progress: Progress = None,
+    ) -> None:
+        """Write a checkpoint from which :meth:`load` resumes bit for bit: ``docs/checkpoints.md``.
+
+        A safetensors file, every byte under a checksum, that takes the place of the old one at once: whoever
+        opens ``path`` finds one of them, whole, whenever the process is killed. Nothing is copied on the CPU.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        params : array_like, optional
+            The parameters, in CPU memory, to be kept beside the state.
+        loss_scale : DynamicLossScale, optional
+            To be kept, too.
+        extra : optional
+            Whatever JSON can hold: epochs, the state of a random generator.
+        progress : None, bool or callable, default None
+            None shows a bar from 1 GiB on, in a terminal with rich; True always. Or it is called with bytes,
+            those done and all.
+
+        Raises
+        ------
+        TypeError, ValueError, ImportError
+            If an argument is not what it must be.
+        OSError
+            If the file cannot be written; the old one stays.
+        """
+        from fastadam import saving
+
+        saving.save(self, path, params=params, loss_scale=loss_scale, extra=extra, show=progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        lr: float | Schedule | None = None,
+        segments: Iterable[Segment] | None = None,
+        backend: str | None = None,
+        capturable: bool = False,
+        params: object = None,
+        loss_scale: DynamicLossScale | None = None,
+        shard: tuple[int, int] | None = None,
+        progress: Progress = None,
+    ) -> Self:
+        """Return the optimizer that :meth:`save` has written; a call that raises has changed nothing.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        lr, segments : optional
+            In place of those in the file. They must be given where one was a function other than those of
+            :mod:`fastadam.schedules`: no file can hold it.
+        backend, capturable
+            As for the class; the file does not know them.
+        params : array_like, optional
+            Gets the parameters that were saved, in place.
+        loss_scale : DynamicLossScale, optional
+            Gets the loss scale that was saved, in place.
+        shard : tuple of int, optional
+            Load elements ``start`` up to, without, ``stop`` of the buffer alone; with moments in 8 bits,
+            multiples of 128.
+        progress
+            As for :meth:`save`.
+
+        Raises
+        ------
+        TypeError, ValueError, ImportError
+            If an argument is not what it must be; if the file is damaged, something else, of a newer version,
+            or has not what is asked for.
+        OSError
+            If it cannot be read.
+        """
+        from fastadam import resuming
+
+        opt: Self = resuming.load(
+            cls,
+            path,
+            lr=lr,
+            segments=segments,
+            params=params,
+            loss_scale=loss_scale,
+            shard=shard,
+            show=progress,
+            options={"backend": backend, "capturable": capturable},
+        )
+        return opt
 
     @property
     def backend(self) -> str | None:

@@ -20,9 +20,12 @@ SOURCES = {
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
     {
+        "atomic",
         "bias_correction",
         "checks",
+        "containers",
         "last_step",
+        "progress",
         "kernels.device_storage",
         "kernels.bits",
         "kernels.forks",
@@ -73,11 +76,11 @@ FLOORS = [
     {"decays", "segments", "streams", "tunables"},
     {"compositions", "device_buffers", "rows"},
     {"buffers", "clocks", "schedules", "segmented"},
-    {"loading"},
+    {"documents", "loading"},
     {"state"},
     {"accumulation", "loss_scale", "stored"},
-    {"device_stored"},
-    {"device_steps"},
+    {"checkpoint", "device_stored"},
+    {"device_steps", "resuming", "saving"},
     {"optimizer"},
     {"warming"},
     {"__init__"},
