@@ -1,6 +1,7 @@
 """Compiled-kernel Adam: one fused pass over any flat buffer, the same bits everywhere."""
 
 from fastadam import schedules
+from fastadam.flat import flatten
 from fastadam.loss_scale import DynamicLossScale
 from fastadam.optimizer import FusedAdam
 from fastadam.segments import Segment
@@ -8,4 +9,4 @@ from fastadam.warming import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "schedules", "warmup"]
+__all__ = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "flatten", "schedules", "warmup"]

@@ -284,9 +284,9 @@ class State:
                 state._scales[k][...] = of_blocks
         return state
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return ``step`` and copies of the moments in CPU memory; waits for the device."""
-        copies = list(map(self._copy, self._views))
+    def to_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """Return ``step`` and the moments in CPU memory, as copies or views; waits for the device."""
+        copies = list(map(self._copy if copy else _itself, self._views))
         as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
         copies = [
             copy.view(as_codes.get(self._kind_of(name), copy.dtype))
@@ -294,7 +294,7 @@ class State:
         ]
         names = [name + loading.SCALES for name in self._names]
         scales = {
-            name: self._copy_of_scales(of_state)
+            name: self._copy_of_scales(of_state) if copy else of_state
             for name, of_state in zip(names, self._scales, strict=False)
             if of_state.size
         }
@@ -427,6 +427,10 @@ def kept(
     if master is None:
         return names, dtypes
     return (*names, master), (*dtypes, np.dtype(_MASTER_DTYPES[master]))
+
+
+def _itself(view: Any) -> Any:
+    return view
 
 
 def _start_from(kernels: Cuda, array: DeviceBuffer, params: DeviceBuffer) -> None:

@@ -165,7 +165,7 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
     class Device:
         def __init__(self, number):
             assert 0 <= number < devices
-            self.number = number
+            self.number = self.id = number
             self.attributes = {"MultiProcessorCount": 1, "MaxThreadsPerMultiProcessor": resident_threads}
 
         def __enter__(self):
@@ -209,8 +209,23 @@ def make(folder: Path, devices: int = 2, resident_threads: int = 512) -> ModuleT
         def __getitem__(self, key):
             return ndarray(self.host[key], self.device_id)
 
+        def __setitem__(self, key, value):
+            assert value.device_id == self.device_id
+            self.host[key] = value.host
+
         def view(self, dtype):
             return ndarray(self.host.view(dtype), self.device_id)
+
+        def reshape(self, shape):
+            return ndarray(self.host.reshape(shape), self.device_id)
+
+        @property
+        def device(self):
+            return Device(self.device_id)
+
+        @property
+        def strides(self):
+            return self.host.strides
 
         def __array__(self, *_, **__):
             raise TypeError("Implicit conversion to a NumPy array is not allowed.")

@@ -25,7 +25,9 @@ FLOORS = [
         "checks",
         "containers",
         "last_step",
+        "libraries",
         "progress",
+        "trees",
         "kernels.device_storage",
         "kernels.bits",
         "kernels.forks",
@@ -35,7 +37,7 @@ FLOORS = [
         "kernels.rules",
         "kernels.tree",
     },
-    {"precision", "rounding", "kernels.eight_bits", "kernels.formats"},
+    {"attached", "precision", "rounding", "kernels.eight_bits", "kernels.formats"},
     {
         "kernels.__init__",
         "kernels.bounds",
@@ -75,7 +77,7 @@ FLOORS = [
     {"kernels.stored_telemetry"},
     {"backends", "hyperparameters", "schedule"},
     {"decays", "segments", "streams", "tunables"},
-    {"compositions", "device_buffers", "rows"},
+    {"compositions", "device_buffers", "flat", "rows"},
     {"buffers", "clocks", "schedules", "segmented"},
     {"documents", "loading"},
     {"state"},
@@ -83,8 +85,9 @@ FLOORS = [
     {"checkpoint", "device_stored"},
     {"device_steps", "resuming", "saving"},
     {"optimizer"},
-    {"numba", "numba_cuda"},
-    {"warming"},
+    {"exchanged", "jax", "numba", "numba_cuda", "warming"},
+    {"exchange_hat", "exchange_optax", "exchange_torch"},
+    {"exchange"},
     {"__init__"},
     {"demo_model", "devices", "machine"},
     {"benchmark", "demo"},
@@ -197,6 +200,8 @@ def loaded(code):
 def test_import_is_light():
     assert loaded("import fastadam") == []
     assert loaded("import fastadam; fastadam.FusedAdam(lr=0.1).state_dict()") == []
+    assert loaded("import fastadam, numpy as np; fastadam.flatten([np.ones(3)])") == []
+    assert loaded("import fastadam.exchange") == []
 
 
 def test_the_light_import_check_bites():
@@ -205,6 +210,6 @@ def test_the_light_import_check_bites():
 
 
 def test_public_names():
-    names = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "schedules", "warmup"]
+    names = ["DynamicLossScale", "FusedAdam", "Segment", "__version__", "flatten", "schedules", "warmup"]
     assert fastadam.__all__ == names
     assert all(hasattr(fastadam, name) for name in fastadam.__all__)

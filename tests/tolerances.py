@@ -46,6 +46,31 @@ def phase_tolerance(phase, lr: float, dtype) -> dict[str, np.ndarray]:
     }
 
 
+def exchange_tolerance(gradients, lr: float, beta2: float, largest_param: float, dtype) -> dict[str, float]:
+    """Bound the differences of two Adams after T steps with the same gradients, both in ``dtype``.
+
+    In units of eps. A first moment has two roundings a step, half a unit each, of numbers not larger than the
+    largest gradient G, and rounded coefficients: T + 2. A second moment likewise, relative to itself as all
+    its terms are positive, with the square: 2 T + 2, and its root half of that. An update has both and the 8
+    of ``ONE_STEP_ULPS``: 2 T + 11, times at most lr R, where R is the ratio of G to the smallest root of a
+    debiased second moment. Storing a parameter costs half an ulp of it, twice a step. All of it twice, for
+    there are two Adams, and that of updates and parameters in each of T steps.
+    """
+    squares = np.asarray(gradients, np.float64) ** 2
+    steps, v, smallest = len(squares), np.zeros(squares.shape[1:]), np.inf
+    for t, square in enumerate(squares, start=1):
+        v = beta2 * v + (1 - beta2) * square
+        smallest = min(smallest, float((v / (1 - beta2**t)).min()))
+    largest = float(np.sqrt(squares.max()))
+    eps = EPS[np.dtype(dtype)]
+    update = lr * largest / np.sqrt(smallest) * (2 * steps + 11) * eps
+    return {
+        "params": 2 * steps * (update + float(np.spacing(np.dtype(dtype).type(largest_param)))),
+        "exp_avg": 2 * (steps + 2) * eps * largest,
+        "exp_avg_sq": 2 * (2 * steps + 2) * eps * largest**2,
+    }
+
+
 def update_error(after, before, exact_update) -> np.ndarray:
     """Error of an update beyond storing the parameter twice (decay and update): half an ulp of it each."""
     update = after.astype(exact_update.dtype) - before
