@@ -48,7 +48,9 @@ pip install --no-deps "$work"/dist/*.whl
 
 step "types of the installed wheel"
 config="$PWD/pyproject.toml"
+typed="$PWD/tests/typing"
 (cd "$work" && mypy --config-file "$config" --cache-dir "$work/mypy" -p fastadam)
+(cd "$work" && mypy --config-file "$config" --cache-dir "$work/mypy" "$typed"/*.py)
 
 step "tests against the installed wheel: it has every file, imports and steps"
 pytest -n auto --dist worksteal tests/test_{imports,cli,bits,cuda}.py

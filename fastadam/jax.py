@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from fastadam import buffers, precision, stored
+from fastadam.arrays import Scalar
 from fastadam.checks import count
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.libraries import NUMPY
@@ -124,7 +125,7 @@ def step(
     state: AdamState,
     *,
     lr: float | Schedule | None = None,
-    grad_scale: object = None,
+    grad_scale: Scalar | None = None,
 ) -> tuple[Array, AdamState]:
     """Return the parameters and the state after a step; those given stay as they are.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastadam import checks
+from fastadam.arrays import Flag
 from fastadam.state import plain, require_keys
 
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
@@ -110,7 +111,7 @@ class DynamicLossScale:
         """The factor of the next loss, a float32 number: a float32 loss is multiplied by exactly this."""
         return self._scale
 
-    def update(self, found_inf: bool) -> None:
+    def update(self, found_inf: Flag) -> None:
         """Count a step, and adapt the scale for the next.
 
         Parameters

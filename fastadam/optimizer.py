@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from os import PathLike
-from typing import Any, Self, cast
+from typing import Any, Self, SupportsIndex, cast
 
 import numpy as np
 
@@ -22,6 +22,16 @@ from fastadam import (
     streams,
 )
 from fastadam.accumulation import Accumulator
+from fastadam.arrays import (
+    BackendName,
+    CudaStream,
+    FlatArray,
+    MasterFormat,
+    Number,
+    Rounding,
+    Scalar,
+    StateFormat,
+)
 from fastadam.checks import require_flag
 from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, divisor
 from fastadam.kernels import rules
@@ -30,7 +40,6 @@ from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.rounding import PLAIN
 from fastadam.last_step import Done, LastStep
 from fastadam.loss_scale import DynamicLossScale
-from fastadam.precision import StateDtype
 from fastadam.progress import Progress
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments
@@ -156,30 +165,30 @@ class FusedAdam(Tunables):
 
     def __init__(
         self,
-        lr: float | Schedule = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Number | Schedule = 1e-3,
+        betas: tuple[Number, Number] | list[float] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
         *,
         decoupled_weight_decay: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
-        max_grad_norm: float | None = None,
-        max_grad_value: float | None = None,
+        max_grad_norm: Number | None = None,
+        max_grad_value: Number | None = None,
         skip_nonfinite: bool = False,
-        ema_decay: float | None = None,
+        ema_decay: Number | None = None,
         zero_grads: bool = False,
         telemetry: bool = False,
-        state_dtype: StateDtype = "float32",
-        master_params: str | None = None,
-        rounding: str = "stochastic",
-        seed: int = 0,
-        offset: int = 0,
+        state_dtype: StateFormat | tuple[StateFormat, StateFormat] = "float32",
+        master_params: MasterFormat | None = None,
+        rounding: Rounding = "stochastic",
+        seed: SupportsIndex = 0,
+        offset: SupportsIndex = 0,
         segments: Iterable[Segment] = (),
-        backend: str | None = None,
+        backend: BackendName | None = None,
         capturable: bool = False,
     ) -> None:
-        self._hyperparameters = Hyperparameters(
+        values: tuple[Any, ...] = (  # numbers of NumPy too, which become plain ones
             lr,
             betas,
             eps,
@@ -199,6 +208,7 @@ class FusedAdam(Tunables):
             seed,
             offset,
         )
+        self._hyperparameters = Hyperparameters(*values)
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
         self._coefficients: Coefficients | None = None
@@ -216,12 +226,12 @@ class FusedAdam(Tunables):
 
     def step(
         self,
-        flat_params: object,
-        flat_grads: object = None,
+        flat_params: FlatArray,
+        flat_grads: FlatArray | None = None,
         *,
-        grad_scale: object = None,
-        out: object = None,
-        stream: object = None,
+        grad_scale: Scalar | None = None,
+        out: FlatArray | None = None,
+        stream: CudaStream | None = None,
     ) -> None:
         """Advance the parameters by one step, in place.
 
@@ -367,7 +377,7 @@ class FusedAdam(Tunables):
             if loops is not kernels and not loops.is_whole:
                 cast("buffers.Array", grads)[:] = 0  # what frozen segments have added up, too
 
-    def accumulate(self, flat_grads: object, *, stream: object = None) -> None:
+    def accumulate(self, flat_grads: FlatArray, *, stream: CudaStream | None = None) -> None:
         """Add gradients to a sum, of which the next :meth:`step` takes the mean.
 
         Reads ``flat_grads`` and the sum, writes the sum: 12 bytes per float32 element, and 4 more with
@@ -620,7 +630,7 @@ class FusedAdam(Tunables):
         """Whether the step counter and the learning rate are kept in GPU memory."""
         return self._capturable
 
-    def swap_ema(self, flat_params: object, *, stream: object = None) -> None:
+    def swap_ema(self, flat_params: FlatArray, *, stream: CudaStream | None = None) -> None:
         """Exchange the parameters and their average, in place: for an evaluation, and back after it.
 
         Parameters

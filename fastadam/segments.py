@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 
+from fastadam.arrays import Number
 from fastadam.checks import count, require_flag
 from fastadam.hyperparameters import Schedule, check
 from fastadam.kernels.run_chunks import RunChunks
@@ -84,6 +85,19 @@ class Segment:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     frozen: bool = False
+
+    if TYPE_CHECKING:  # numbers of NumPy too, which become plain ones
+
+        def __init__(
+            self,
+            start: SupportsIndex,
+            stop: SupportsIndex,
+            lr: Number | Schedule | None = None,
+            weight_decay: Number | None = None,
+            betas: tuple[Number, Number] | list[float] | None = None,
+            eps: Number | None = None,
+            frozen: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         start, stop = count("start", self.start, least=0), count("stop", self.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.precision import StateDtype
 
@@ -19,15 +20,17 @@ class Tunables(ABC):
         """Check values, and use them from the next step on."""
 
     @property
-    def lr(self) -> float | Schedule:
+    def lr(self) -> float | Any:
         """Learning rate, or the schedule that gives it; set it between steps.
+
+        To a type checker it is a number, so that ``opt.lr *= 0.5`` passes; ``callable`` finds a schedule.
 
         With ``capturable=True`` setting it is queued on the current stream, or that given to the last step.
         """
         return self._hyperparameters.lr
 
     @lr.setter
-    def lr(self, value: float | Schedule) -> None:
+    def lr(self, value: Number | Schedule) -> None:
         self._change(lr=value)
 
     @property
@@ -36,7 +39,7 @@ class Tunables(ABC):
         return self._hyperparameters.betas
 
     @betas.setter
-    def betas(self, value: tuple[float, float]) -> None:
+    def betas(self, value: tuple[Number, Number] | list[float]) -> None:
         self._change(betas=value)
 
     @property
@@ -45,7 +48,7 @@ class Tunables(ABC):
         return self._hyperparameters.eps
 
     @eps.setter
-    def eps(self, value: float) -> None:
+    def eps(self, value: Number) -> None:
         self._change(eps=value)
 
     @property
@@ -54,7 +57,7 @@ class Tunables(ABC):
         return self._hyperparameters.weight_decay
 
     @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
+    def weight_decay(self, value: Number) -> None:
         self._change(weight_decay=value)
 
     @property
@@ -63,7 +66,7 @@ class Tunables(ABC):
         return self._hyperparameters.max_grad_norm
 
     @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
+    def max_grad_norm(self, value: Number | None) -> None:
         self._change(max_grad_norm=value)
 
     @property
@@ -72,7 +75,7 @@ class Tunables(ABC):
         return self._hyperparameters.max_grad_value
 
     @max_grad_value.setter
-    def max_grad_value(self, value: float | None) -> None:
+    def max_grad_value(self, value: Number | None) -> None:
         self._change(max_grad_value=value)
 
     @property

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, SupportsIndex, TypedDict, Unpack, cast
 
 import numpy as np
 
 from fastadam import backends, buffers, device_stored, formats, stored
+from fastadam.arrays import BackendName, MasterFormat, Number, Rounding, StateFormat
 from fastadam.checks import require_flag
-from fastadam.hyperparameters import Coefficients
+from fastadam.hyperparameters import Coefficients, Schedule
 from fastadam.optimizer import FusedAdam
 from fastadam.rows import Rows
 from fastadam.segmented import Segmented
-from fastadam.segments import Segments
+from fastadam.segments import Segment, Segments
 
 
-def warmup(*, dtype: Any = np.float32, scaled: bool = False, **hyperparameters: Any) -> None:
+class Options(TypedDict, total=False):
+    """The arguments of :class:`FusedAdam`, for type checkers."""
+
+    lr: Number | Schedule
+    betas: tuple[Number, Number] | list[float]
+    eps: Number
+    weight_decay: Number
+    decoupled_weight_decay: bool
+    amsgrad: bool
+    maximize: bool
+    max_grad_norm: Number | None
+    max_grad_value: Number | None
+    skip_nonfinite: bool
+    ema_decay: Number | None
+    zero_grads: bool
+    telemetry: bool
+    state_dtype: StateFormat | tuple[StateFormat, StateFormat]
+    master_params: MasterFormat | None
+    rounding: Rounding
+    seed: SupportsIndex
+    offset: SupportsIndex
+    segments: Iterable[Segment]
+    backend: BackendName | None
+    capturable: bool
+
+
+def warmup(
+    *,
+    dtype: np.dtype[Any] | type[Any] | str = np.float32,
+    scaled: bool = False,
+    **hyperparameters: Unpack[Options],
+) -> None:
     """Compile the kernels ahead of the first step, or load them from the disk cache.
 
     Parameters

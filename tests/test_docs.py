@@ -25,19 +25,20 @@ def modules():
     return sorted({"fastadam"} | {m.name for m in (*packages, *kernels)} - {"fastadam.__main__"})
 
 
-NEED_CUDA = {
+NEEDS = {
     "cuda_cupy": "cupy",
     "cuda_exact": "numba.cuda",
     "cuda_loop": "numba.cuda",
     "cuda_numba": "numba_cuda",
     "numba_cuda": "numba.cuda",
+    "thinc": "thinc",
 }
 """Module -> the optional package that it imports."""
 
 
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
-    package = NEED_CUDA.get(name.rpartition(".")[2])
+    package = NEEDS.get(name.rpartition(".")[2])
     if package is not None:
         pytest.importorskip(package)
     results = doctest.testmod(importlib.import_module(name))

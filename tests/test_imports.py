@@ -20,6 +20,7 @@ SOURCES = {
 # Every module, from the ground up: a module imports only from floors below its own.
 FLOORS = [
     {
+        "arrays",
         "atomic",
         "bias_correction",
         "checks",
@@ -85,7 +86,7 @@ FLOORS = [
     {"checkpoint", "device_stored"},
     {"device_steps", "resuming", "saving"},
     {"optimizer"},
-    {"exchanged", "jax", "numba", "numba_cuda", "warming"},
+    {"exchanged", "jax", "numba", "numba_cuda", "thinc", "warming"},
     {"exchange_hat", "exchange_optax", "exchange_torch"},
     {"exchange"},
     {"__init__"},
@@ -186,6 +187,7 @@ HEAVY = [
     "typer",
     "rich",
     "sklearn",
+    "thinc",
     "matplotlib",
     "fastadam.kernels.cpu",
 ]
