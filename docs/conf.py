@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
-from importlib.util import find_spec
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 from docutils import nodes
@@ -17,7 +16,15 @@ import fastadam
 
 logger = logging.getLogger(__name__)
 
-DOCS = Path(__file__).parent
+
+def _imports(name: str) -> bool:
+    """Return whether a module can be documented: whether the library that it adapts to is installed."""
+    try:
+        import_module(f"fastadam.{name}")
+    except ImportError:
+        return False
+    return True
+
 
 project = "fastadam"
 author = "The fastadam authors"
@@ -25,8 +32,9 @@ project_copyright = author
 version = release = fastadam.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = [  # of modules that are not there
-    f"api/{page.name}" for page in (DOCS / "api").glob("*.md") if find_spec(f"fastadam.{page.stem}") is None
+ADAPTERS = ("jax", "numba_cuda", "thinc", "torch")
+exclude_patterns = [f"api/{name}.md" for name in ADAPTERS if not _imports(name)]
+    f"api/{name}.md" for name in ("jax", "numba_cuda", "thinc", "torch") if not _imports(name)
 ]
 
 myst_enable_extensions = ["dollarmath"]
@@ -35,9 +43,10 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more
-autodoc_mock_imports = [name for name in ("torch", "jax") if find_spec(name) is None]
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_preprocess_types = True
+napoleon_type_aliases = {"FusedAdam": "fastadam.FusedAdam"}  # the adapters have classes of that name, too
 
 html_theme = "furo"
 html_title = f"fastadam {version}"
