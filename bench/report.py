@@ -103,6 +103,32 @@ def _memory(result: Result) -> str:
     return f"{growth}\n{storage_report.states(states)}" if states else growth
 
 
+def _torch_optimizer(result: Result) -> str:
+    models = dict.fromkeys(row["model"] for row in result["rows"])
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        ratio = 1 / row["fastadam_over_peer"]["median"]
+        own = "" if row["peer"] == "fastadam" else f" ({ratio:.2f}x)"
+        cells.setdefault(row["label"], {})[row["model"]] = format_time(row["seconds"]) + own
+    times = tables.table(
+        ["step, float32", *models],
+        ([label, *(of_label.get(model, "") for model in models)] for label, of_label in cells.items()),
+    )
+    promised = [
+        [
+            f"{row['label']}, {row['model']}",
+            f"{row['target']:.2f}",
+            tables.quartiles(row["fastadam_over_peer"], 3),
+            tables.met(row["fastadam_over_peer"]["median"], row["target"]),
+        ]
+        for row in result["rows"]
+        if row["target"] is not None
+    ]
+    if not promised:
+        return times
+    return f"{times}\n{tables.table(['time of fastadam over', 'at most', 'measured', ''], promised)}"
+
+
 def _training(result: Result) -> str:
     parts = []
     for network in dict.fromkeys(row["network"] for row in result["rows"]):
@@ -123,6 +149,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "startup": _startup,
     "memory": _memory,
     "training": _training,
+    "torch_optimizer": _torch_optimizer,
     **gpu_report.RENDERERS,
 }
 

@@ -38,6 +38,7 @@ python -m bench.compare --quick --output "$work/compare.json"
 python -m bench.phase --quick --output "$work/phase.json"
 python -m bench.training --quick --output "$work/training.json"
 python -m bench.storage --quick --output "$work/storage.json"
+python -m bench.torch_optimizer --quick --output "$work/torch_optimizer.json"
 pytest bench --benchmark-disable
 
 step "sdist, and a wheel built from it"

@@ -73,12 +73,8 @@ def _display(self: Any, node: nodes.math_block) -> None:
 
 
 def _read(app: Any, page: str, source: list[str]) -> None:
-    """Prepare a page that is also read elsewhere, or that names pages which are still to come."""
-    # benchmarks.md includes of the README, which is no page of the site, what pages link to.
+    """Lead links to the README, which is no page of the site, to the page that includes a part of it."""
     source[0] = source[0].replace("](../README.md#", "](benchmarks.md#")
-    if page == "index":  # nothing gets lost: Sphinx warns of a page that stands in no navigation
-        missing = {name for name in re.findall(r"(?m)^[\w/-]+$", source[0]) if name not in app.env.found_docs}
-        source[0] = "\n".join(line for line in source[0].split("\n") if line not in missing)
 
 
 def _link(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:

@@ -211,7 +211,7 @@ def _with_row(function: Callable[..., Any]) -> Any:
 
 
 _peak_of_row, _step_row = _with_row(_peak), _with_row(_step_elements)
-_step_run_of_row, _step_blocks_of_row = _with_row(_step_run), _with_row(_step_blocks)
+step_run_of_row, _step_blocks_of_row = _with_row(_step_run), _with_row(_step_blocks)
 
 
 def step_group(
@@ -269,7 +269,7 @@ def _step_piece(
     memory, first = memory_of(params, grads, states, master, out), group[0]
     start, stop, row = pieces[first, 0], pieces[first, 1], pieces[first, 2]
     keys = at_element(rounding, start)  # a piece does not go across elements with another key
-    _step_run_of_row(coefficients, row, decay, others, (memory, start, stop, clear, keys))
+    step_run_of_row(coefficients, row, decay, others, (memory, start, stop, clear, keys))
 
 
 def _step_pieces(

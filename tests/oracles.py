@@ -29,6 +29,9 @@ FLAGS = [
 ]
 """Every combination of the flags of Adam."""
 
+PAIRS_OF_FLAGS = [FLAGS[k] for k in (0, 2, 4, 7, 9, 11)]
+"""As few as have every pair of two flags, where each one is compiled."""
+
 _ALL = {"max_grad_value": 0.5, "ema_decay": 0.9, "zero_grads": True}
 PHASES = [
     *({"amsgrad": False, "maximize": False, name: value} for name, value in _ALL.items()),

@@ -15,6 +15,7 @@ from fastadam import kernels
 SOURCES = {
     **{path.stem: path for path in Path(fastadam.__file__).parent.glob("*.py")},
     **{f"kernels.{path.stem}": path for path in Path(kernels.__file__).parent.glob("*.py")},
+    **{f"torch.{path.stem}": path for path in Path(fastadam.__file__).parent.glob("torch/*.py")},
 }
 
 # Every module, from the ground up: a module imports only from floors below its own.
@@ -73,7 +74,7 @@ FLOORS = [
     {"kernels.cuda_blocks_observed"},
     {"kernels.cpu", "kernels.segment_norms"},
     {"kernels.cuda_cupy", "kernels.cuda_numba", "kernels.stored"},
-    {"kernels.segments"},
+    {"kernels.segments", "kernels.tensors"},
     {"kernels.telemetry"},
     {"kernels.stored_telemetry"},
     {"backends", "hyperparameters", "schedule"},
@@ -90,6 +91,11 @@ FLOORS = [
     {"exchange_hat", "exchange_optax", "exchange_torch"},
     {"exchange"},
     {"__init__"},
+    {"torch.options", "torch.tensors"},
+    {"torch.bundles"},
+    {"torch.plans"},
+    {"torch.optimizer"},
+    {"torch.__init__"},
     {"demo_model", "devices", "machine"},
     {"benchmark", "demo"},
     {"demo_plot"},
@@ -115,7 +121,7 @@ def imports(source, module):
 
 def as_module(name):
     """The key of SOURCES for an absolute name, or None."""
-    if name in {"fastadam", "fastadam.kernels"}:
+    if name in {"fastadam", "fastadam.kernels", "fastadam.torch"}:
         name += ".__init__"
     key = name.removeprefix("fastadam.")
     return key if name.startswith("fastadam.") and key in SOURCES else None
@@ -141,10 +147,15 @@ def test_every_module_has_its_floor():
 def test_the_package_has_every_file_of_the_tree():
     """Installed from a wheel: a source of a GPU that it lacks would show only where that is compiled."""
     root = Path(__file__).resolve().parent.parent
-    for package, folder in ((fastadam, "fastadam"), (kernels, "kernels")):
+    installed_in = Path(fastadam.__file__).parent
+    for place, folder in (
+        (installed_in, root / "fastadam"),
+        (installed_in / "torch", root / "fastadam" / "torch"),
+        (Path(kernels.__file__).parent, root / "kernels"),
+    ):
         installed, wanted = (
-            {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
-            for place in (Path(package.__file__).parent, root / folder)
+            {path.name: path.read_bytes() for path in where.iterdir() if path.is_file()}
+            for where in (place, folder)
         )
         assert installed.keys() == wanted.keys()
         assert installed == wanted
@@ -171,6 +182,8 @@ def test_modules_import_only_downward():
         ("kernels.threads", "import fastadam.kernels.compiling"),
         ("buffers", "def f():\n    from fastadam.optimizer import FusedAdam"),
         ("state", "from fastadam import optimizer"),
+        ("optimizer", "from fastadam.torch import FusedAdam"),
+        ("torch.tensors", "from fastadam.torch.plans import Plan"),
     ],
 )
 def test_the_floor_check_bites(module, line):

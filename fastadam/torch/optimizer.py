@@ -1,0 +1,210 @@
+"""Adam and AdamW of PyTorch, with all tensors of a model in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fastadam.torch import options
+from fastadam.torch.plans import Plan
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam, AdamW and AMSGrad for tensors in CPU memory: ``torch.optim.Adam`` in one pass over all of them.
+
+    The equations, options, state and state dicts are those of :class:`torch.optim.Adam`; a run goes on with
+    either from what the other has saved. The bits are those of :class:`fastadam.FusedAdam` on each tensor.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, ``(name, parameter)`` pairs or groups, as for any optimizer of PyTorch; float32, float64,
+        float16, bfloat16 or complex, in any dense memory format.
+    lr : float or Tensor
+        Learning rate, at least 0.
+    betas : pair of float
+        Decay rates of the first and second moment, each in [0, 1).
+    eps : float
+        Added to the root of the debiased second moment, at least 0.
+    weight_decay : float
+        Weight decay, at least 0.
+    amsgrad : bool
+        Divide by the maximum of the second moments so far.
+    maximize : bool
+        Ascend.
+    decoupled_weight_decay : bool
+        False: L2, added to the gradient. True: AdamW, scaled by ``lr``.
+    foreach, fused
+        As ``torch.optim.Adam`` takes them; without effect, a step is always fused.
+    capturable, differentiable : bool
+        Only False.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong type or out of its range.
+
+    Notes
+    -----
+    Other than with PyTorch's fused Adam, a step of a ``GradScaler`` leaves the gradients scaled: they are
+    divided in the pass, and not written.
+    """
+
+    _step_supports_amp_scaling = True
+    """Tells ``GradScaler`` to leave its scale in ``grad_scale`` and what it found in ``found_inf``."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        self._forget()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        options.require_valid(defaults)
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Find everything anew with the next step."""
+        self._plan: Plan | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in PyTorch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an option is of a wrong type or out of its range: there is no such group then.
+        """
+        super().add_param_group(param_group)
+        try:
+            options.require_valid(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in options.ADDED_LATER.items():
+                group.setdefault(name, value)
+        for kept in self.state.values():
+            if isinstance(kept, dict) and "step" in kept and not torch.is_tensor(kept["step"]):
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32)
+        self._forget()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients that there are.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Evaluates the model again and returns the loss.
+
+        Returns
+        -------
+        float or None
+            What the closure returned.
+
+        Raises
+        ------
+        RuntimeError
+            If a gradient is sparse.
+        NotImplementedError
+            If a parameter is not in CPU memory.
+        TypeError, ValueError
+            If an option is out of its range, or a tensor cannot be stepped. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+            torch.compiler.disable(self._step)()  # type: ignore[no-untyped-call]
+        else:
+            self._step()
+        return loss
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return
+        groups, states, plan = self.param_groups, self.state, self._plan
+        grads = [param.grad for group in groups for param in group["params"]]
+        ready = None if plan is None else plan.ready(groups, states, grads)
+        if plan is None or ready is None:
+            self._plan = None
+            plan = Plan(groups, states, grads)
+            ready = plan.ready(groups, states, grads)
+            assert ready is not None
+        plan.step(groups, states, ready, getattr(self, "grad_scale", None))
+        self._plan = plan
+
+
+class FusedAdamW(FusedAdam):
+    """:class:`FusedAdam` with the defaults of ``torch.optim.AdamW``: decoupled weight decay, of 0.01."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
