@@ -34,8 +34,6 @@ version = release = fastadam.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 ADAPTERS = ("jax", "numba_cuda", "thinc", "torch")
 exclude_patterns = [f"api/{name}.md" for name in ADAPTERS if not _imports(name)]
-    f"api/{name}.md" for name in ("jax", "numba_cuda", "thinc", "torch") if not _imports(name)
-]
 
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]  # ```math, as the same files show it elsewhere
