@@ -71,7 +71,7 @@ def _display(self: Any, node: nodes.math_block) -> None:
 
 
 def _read(app: Any, page: str, source: list[str]) -> None:
-    """Lead links to the README, which is no page, to the page that includes a part of it; drop missing pages."""
+    """Lead links to the README to the page that includes a part of it; drop pages that are not built."""
     source[0] = source[0].replace("](../README.md#", "](benchmarks.md#")
     for name in exclude_patterns if page == "index" else ():
         source[0] = source[0].replace(f"\n{name.removesuffix('.md')}\n", "\n")
