@@ -143,7 +143,7 @@ NAMES = {"0.weight": 6, "0.bias": 2, "norm.bias": 2, "norm.empty.bias": 0, "1.we
         (re.compile("norm"), [(8, 10)]),
         (lambda name: name == "0.bias", [(6, 8)]),
     ],
-    ids=repr,
+    ids=lambda value: "by function" if callable(value) else repr(value),
 )
 def test_segments_by_name(pattern, expected):
     flat = fastadam.flatten({name: np.zeros(size) for name, size in NAMES.items()})
