@@ -24,6 +24,7 @@ from fastadam.buffers import Array
 from fastadam.hyperparameters import Coefficients, Hyperparameters
 from fastadam.kernels import norms, rules
 from fastadam.kernels.compiling import digest
+from fastadam.segments import Segment
 from fastadam.state import State
 
 
@@ -137,6 +138,29 @@ def compiled_adam(c: Coefficients, h: Hyperparameters, state: State) -> Compiled
         scratch=np.empty(norms.scratch_size(size) if reads else 0),
         version=_version(),
     )
+
+
+def require_defaults(
+    h: Hyperparameters, segments: tuple[Segment, ...], names: tuple[str, ...], where: str
+) -> None:
+    """Raise ValueError where an optimizer has what compiled code of a kind cannot do.
+
+    Parameters
+    ----------
+    h : Hyperparameters
+    segments : tuple of Segment
+        There must be none.
+    names : tuple of str
+        Hyperparameters that must have their defaults.
+    where : str
+        What errors call the code.
+    """
+    for name in names:
+        value, wanted = getattr(h, name), getattr(Hyperparameters, name)
+        if value != wanted:
+            raise ValueError(f"{name} must be {wanted!r} for {where}; got {value!r}.")
+    if segments:
+        raise ValueError(f"segments must be empty for {where}; got {len(segments)}.")
 
 
 # --- Types, checked when a user's function is compiled ------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from numba.extending import overload
 
 from fastadam import buffers, formats
-from fastadam.compiled_state import CompiledAdam, compiled_adam, require_types
+from fastadam.compiled_state import CompiledAdam, compiled_adam, require_defaults, require_types
 from fastadam.compiled_steps import make_step
 from fastadam.hyperparameters import Coefficients
 from fastadam.kernels.compiling import JIT_OPTIONS, jit
@@ -128,18 +128,9 @@ def _require_possible(opt: FusedAdam, params: buffers.Buffer) -> None:
         raise TypeError(
             f"flat_params must be float32 or float64 for compiled code; got {formats.name_of(params.dtype)}."
         )
-    h = opt._hyperparameters
-    plain = (
-        ("state_dtype", h.state_dtype, "float32"),
-        ("master_params", h.master_params, None),
-        ("telemetry", h.telemetry, False),
-    )
-    for name, value, wanted in plain:
-        if value != wanted:
-            raise ValueError(f"{name} must be {wanted!r} for compiled code; got {value!r}.")
-    if opt.segments:
-        raise ValueError(f"segments must be empty for compiled code; got {len(opt.segments)}.")
-    if callable(h.lr):
+    plain_only = ("state_dtype", "master_params", "telemetry")
+    require_defaults(opt._hyperparameters, opt.segments, plain_only, "compiled code")
+    if callable(opt.lr):
         raise TypeError(
             "lr must be a number for compiled code; got a function. Make an array of its values, and set"
             " adam.lr[0] before each step."

@@ -13,6 +13,7 @@ from numba import cuda
 
 from fastadam import formats
 from fastadam.checks import count
+from fastadam.compiled_state import require_defaults
 from fastadam.hyperparameters import Coefficients, divisor
 from fastadam.kernels import rules
 from fastadam.kernels.cuda_exact import exact, plain, require_types
@@ -66,18 +67,8 @@ def device_adam(opt: FusedAdam, dtype: Any = np.float32, *, scaled: bool = False
     h = opt._hyperparameters
     if dtype not in formats.FLOATS:
         raise TypeError(f"dtype must be float32 or float64; got {formats.name_of(dtype)}.")
-    for name, wanted in (
-        ("state_dtype", "float32"),
-        ("master_params", None),
-        ("telemetry", False),
-        ("skip_nonfinite", False),
-        ("zero_grads", False),
-    ):
-        value = getattr(h, name)
-        if value != wanted:
-            raise ValueError(f"{name} must be {wanted!r} for a device function; got {value!r}.")
-    if opt.segments:
-        raise ValueError(f"segments must be empty for a device function; got {len(opt.segments)}.")
+    plain_only = ("state_dtype", "master_params", "telemetry", "skip_nonfinite", "zero_grads")
+    require_defaults(h, opt.segments, plain_only, "a device function")
     c = Coefficients(h, dtype)
     kinds = c.scaled_types if scaled else c.types
     update_of = make_update(kinds)

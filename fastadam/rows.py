@@ -14,7 +14,7 @@ from fastadam.bias_correction import of_many, table
 from fastadam.checks import at_least_zero
 from fastadam.hyperparameters import Coefficients, Hyperparameters, outside, require_range
 from fastadam.kernels import rules
-from fastadam.kernels.units import COLUMNS, Integers, RowTables
+from fastadam.kernels.units import COLUMNS, Integers, RowTables, row_of
 from fastadam.segments import Numbers, Segments
 
 _STEP_SIZE, _INVERSE, _EPS = (COLUMNS.index(name) for name in ("step_size", "inv_bias_correction2", "eps"))
@@ -122,7 +122,7 @@ class Rows:
 
     def take(self, c: rules.Update) -> None:
         """Take the coefficients of a step from the optimizer's own, where there are no others: 2 us less."""
-        self.coefficients[0] = (np.nan if c.decay is None else c.decay[0], *c.rule)
+        self.coefficients[0] = row_of(c)
 
     # --- Where they are formed in GPU memory ----------------------------------------------------------------
 

@@ -151,7 +151,7 @@ def plan(
         partial(one, params[a:b], grads[a:b], tuple(s[a:b] for s in states), *rest)
         for a, b in threads.pieces(size, threads.count())
     ]
-    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+    return threads.all_of(calls)
 
 
 def accumulate(total: Array, grads: Array, *, clear: bool) -> None:

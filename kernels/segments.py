@@ -160,7 +160,7 @@ def plan(
         partial(loop, params, grads, states, shares.units, first, table.coefficients, *c, clear)
         for first in ([shares.first] if by_numba else each_share(shares.first))
     ]
-    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+    return threads.all_of(calls)
 
 
 def prepare(

@@ -415,7 +415,7 @@ def plan(
         )
         for first in ([groups.first_group] if by_numba else each_share(groups.first_group))
     ]
-    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+    return threads.all_of(calls)
 
 
 def prepare(

@@ -282,7 +282,7 @@ class StoredTelemetry:
             partial(loop, *arrays, first, coefficients, kept, own, scratch, *c, clear, *storage)
             for first, own in each
         ]
-        return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+        return threads.all_of(calls)
 
     def prepare(
         self,

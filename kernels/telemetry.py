@@ -244,7 +244,7 @@ class Telemetry:
         calls = [
             partial(loop, *arrays, first, table.coefficients, own, scratch, *c, clear) for first, own in each
         ]
-        return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+        return threads.all_of(calls)
 
     def prepare(
         self,

@@ -103,7 +103,7 @@ def plan(tensors: Tensors, c: rules.Update) -> Callable[[], None]:
         partial(loop, *tensors[:3], shares.units, first, *rest)
         for first in ([shares.first] if by_numba else each_share(shares.first))
     ]
-    return calls[0] if len(calls) == 1 else threads.in_pool(calls)
+    return threads.all_of(calls)
 
 
 def prepare(tensors: Tensors, c: rules.Update) -> None:

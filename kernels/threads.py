@@ -147,6 +147,11 @@ def in_pool(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
     return partial(_run, _Job(calls))
 
 
+def all_of(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """Return the one call that makes all of some: of several in the pool, the only one as it is."""
+    return calls[0] if len(calls) == 1 else in_pool(calls)
+
+
 def run_in_pool(calls: Sequence[Callable[[], None]]) -> None:
     """Make each call once, in as many threads, and return when all have returned.
 

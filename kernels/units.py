@@ -39,6 +39,11 @@ UNIT_COST = 128
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
+def row_of(c: rules.Update) -> tuple[Any, ...]:
+    """Return what a row of the table has of the coefficients of a step."""
+    return (np.nan if c.decay is None else c.decay[0], *c.rule)
+
+
 class RowTables(NamedTuple):
     """What the coefficients of all rows are formed from where steps are counted, in GPU memory."""
 

@@ -14,7 +14,7 @@ from fastadam.formats import math_of
 from fastadam.hyperparameters import divisor
 from fastadam.kernels import rules, tensors, threads
 from fastadam.kernels.tensors import FIRST, GRADS, PARAMS, ROW, STATES
-from fastadam.kernels.units import COLUMNS
+from fastadam.kernels.units import COLUMNS, row_of
 from fastadam.torch.options import Options
 from fastadam.torch.tensors import elements, in_order_of, lies_like, like
 
@@ -151,7 +151,7 @@ class Bundle:
         decay, update = None, None
         for row, (group, step) in enumerate(pairs):
             update = options[group].coefficients(self._dtype).update(step, scale)
-            table[row] = (np.nan if update.decay is None else update.decay[0], *update.rule)
+            table[row] = row_of(update)
             decay = decay or update.decay
         assert update is not None
         return table, update._replace(decay=decay)
