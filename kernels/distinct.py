@@ -113,20 +113,28 @@ def memory_of(typing_context: Any, params: Any, grads: Any, states: Any, master:
 
 @intrinsic
 def memory_at(
-    typing_context: Any, params: Any, grads: Any, states: Any, table: Any, row: Any, column: Any
+    typing_context: Any,
+    params: Any,
+    grads: Any,
+    states: Any,
+    out: Any,
+    table: Any,
+    row: Any,
+    column: Any,
 ) -> Any:
     """Return what :func:`memory_of` does, of arrays whose addresses stand in a row of a table.
 
-    From ``column`` on: of the parameters, the gradients and each state. The arrays that are passed only say
-    of which dtype they are.
+    From ``column`` on: of the parameters, the gradients, each state, and the copy unless it is None. The
+    arrays that are passed only say of which dtype they are.
     """
     moments = types.Tuple([Distinct(state.dtype, 4 + k) for k, state in enumerate(states)])
-    kinds = (Distinct(params.dtype, 0), Distinct(grads.dtype, 1), moments, types.none, types.none)
+    copy = out if isinstance(out, types.NoneType) else Distinct(out.dtype, 3)
+    kinds = (Distinct(params.dtype, 0), Distinct(grads.dtype, 1), moments, types.none, copy)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        addresses = context.make_array(table)(context, builder, arguments[3])
+        addresses = context.make_array(table)(context, builder, arguments[4])
         width = cgutils.unpack_tuple(builder, addresses.shape)[1]
-        first = builder.gep(addresses.data, [builder.add(builder.mul(arguments[4], width), arguments[5])])
+        first = builder.gep(addresses.data, [builder.add(builder.mul(arguments[5], width), arguments[6])])
 
         def pointer(kind: Distinct, place: int) -> Any:
             address = builder.load(builder.gep(first, [_INDEX(place)]))
@@ -134,10 +142,11 @@ def memory_at(
 
         found = context.make_tuple(builder, moments, [pointer(kind, 2 + k) for k, kind in enumerate(moments)])
         nothing = context.get_dummy_value()
-        parts = [pointer(kinds[0], 0), pointer(kinds[1], 1), found, nothing, nothing]
+        written = pointer(copy, 2 + len(moments)) if isinstance(copy, Distinct) else nothing
+        parts = [pointer(kinds[0], 0), pointer(kinds[1], 1), found, nothing, written]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.Tuple(kinds)(params, grads, states, table, row, column), emit
+    return types.Tuple(kinds)(params, grads, states, out, table, row, column), emit
 
 
 @intrinsic

@@ -26,7 +26,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 FIRST, ROW, PARAMS, GRADS, STATES = range(5)
 """Columns of the table of places: the element of the virtual buffer where a buffer begins, the row of its
-coefficients, and the addresses of its parameters, of its gradients and, from the last on, of each state."""
+coefficients, and the addresses of its parameters, of its gradients and, from the last on, of each state and
+of a copy of its parameters, if there is one."""
 
 
 class Tensors(NamedTuple):
@@ -36,8 +37,9 @@ class Tensors(NamedTuple):
     grads: Array
     states: tuple[Array, ...]
     units: Units  # one for each buffer that has elements; its row is that of its places
-    places: Array  # int64, shape (buffers, STATES + states), C-contiguous
+    places: Array  # int64, shape (buffers, STATES + states + copy), C-contiguous
     coefficients: Array  # shape (rows, len(COLUMNS)), C-contiguous, of the dtype of the arithmetic
+    out: Array | None = None  # of no elements: the dtype of copies of the parameters, written to the nearest
 
 
 def layout(sizes: Array) -> tuple[Array, Units]:
@@ -54,6 +56,7 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
         params: Array,
         grads: Array,
         states: tuple[Array, ...],
+        out: Any,
         units: Array,
         first: Array,
         places: Array,
@@ -70,7 +73,7 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
                 buffer = units[k, 2]
                 start = units[k, 0] - places[buffer, FIRST]
                 stop = units[k, 1] - places[buffer, FIRST]
-                memory = memory_at(params, grads, states, places, buffer, PARAMS)
+                memory = memory_at(params, grads, states, out, places, buffer, PARAMS)
                 arguments = (memory, start, stop, None, None)
                 others = (conditioning, direction, rule, None)
                 step_run_of_row(coefficients, places[buffer, ROW], decay, others, arguments)
@@ -100,7 +103,7 @@ def plan(tensors: Tensors, c: rules.Update) -> Callable[[], None]:
     loop, shares = parallel if by_numba else serial, units.shares(count)
     rest = (tensors.places, tensors.coefficients, *c[:4])
     calls = [
-        partial(loop, *tensors[:3], shares.units, first, *rest)
+        partial(loop, *tensors[:3], tensors.out, shares.units, first, *rest)
         for first in ([shares.first] if by_numba else each_share(shares.first))
     ]
     return threads.all_of(calls)
@@ -111,4 +114,4 @@ def prepare(tensors: Tensors, c: rules.Update) -> None:
     loop = parallel if tensors.units.total >= PARALLEL_FROM and threads.numba_is_safe() else serial
     nothing, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
     coefficients = np.empty((0, len(COLUMNS)), tensors.coefficients.dtype)
-    loop(*tensors[:3], nothing, first, tensors.places, coefficients, *c[:4])
+    loop(*tensors[:3], tensors.out, nothing, first, tensors.places, coefficients, *c[:4])

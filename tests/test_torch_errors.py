@@ -91,7 +91,8 @@ TENSORS = [
     (
         meta,
         NotImplementedError,
-        f"{LAST} must be in CPU memory; got meta. Move the model, or take torch.optim.Adam.",
+        f"{LAST} must be in CPU memory; got meta. Move the model, or take torch.optim.Adam or"
+        " fastadam.torch.OffloadedAdam.",
     ),
     (
         gaps,

@@ -209,7 +209,7 @@ def test_an_interrupt_loses_no_step(rng, monkeypatch):
 
     def interrupted(*arguments):
         loop(*arguments)
-        if arguments[3].size:  # not when compiled
+        if arguments[4].size:  # not when compiled
             calls.append(len(calls))
             if calls == [0]:
                 raise KeyboardInterrupt

@@ -40,6 +40,8 @@ class Bundle:
         order in memory of their parameters; of one dtype each, computed with as the parameters are.
     groups : list of int
         Whose options hold for each parameter.
+    out : list of Tensor, optional
+        Get a copy of each parameter with each step: of one dtype, in the order in memory of the parameters.
 
     Raises
     ------
@@ -53,8 +55,10 @@ class Bundle:
         grad_dtype: torch.dtype,
         states: list[list[Tensor]],
         groups: Sequence[int],
+        out: list[Tensor] | None = None,
     ) -> None:
         self.params, self.states = params, states
+        self._all_written = [params, *states] if out is None else [params, *states, out]
         self._grad_dtypes = [grad_dtype] * len(params)
         self._counts = [param.numel() for param in params]
         self._strides = [param.stride() for param in params]
@@ -66,11 +70,12 @@ class Bundle:
         self._like = like(params[0].dtype), like(grad_dtype), tuple(like(s[0].dtype) for s in states)
         self._dtype = math_of(self._like[0].dtype)
         self._grad_bytes = sizes * self._like[1].itemsize
-        self._written = self._addresses(params, *states)
-        itemsizes = [kind.itemsize for kind in (self._like[0], *self._like[2])]
+        self._out = None if out is None else like(out[0].dtype)
+        self._written = self._addresses(*self._all_written)
+        itemsizes = [like(each[0].dtype).itemsize for each in self._all_written]
         self._ends = self._written + sizes * np.array(itemsizes)[:, None]
         self._require_disjoint()
-        self._places = np.empty((len(params), STATES + len(states)), np.int64)
+        self._places = np.empty((len(params), STATES + len(self._all_written) - 1), np.int64)
         self._places[:, FIRST], self._places[:, ROW] = first, self._group
         self._places[:, PARAMS], self._places[:, STATES:] = self._written[0], self._written[1:].T
         self._compiled_for: tuple[object, ...] = ()
@@ -87,7 +92,7 @@ class Bundle:
         try:
             if (
                 [param.stride() for param in self.params] != self._strides
-                or (self._addresses(self.params, *self.states) != self._written).any()
+                or (self._addresses(*self._all_written) != self._written).any()
                 or [grad.dtype for grad in grads] != self._grad_dtypes
                 or [grad.numel() for grad in grads] != self._counts
             ):
@@ -185,7 +190,7 @@ class Bundle:
         table, update = self._rows(options, steps, None if scale == 1 else scale)
         self._places[:, GRADS] = self._begins
         params, of_grads, states = self._like
-        work = tensors.Tensors(params, of_grads, states, self._units, self._places, table)
+        work = tensors.Tensors(params, of_grads, states, self._units, self._places, table, self._out)
         compiled_for = (*map(type, update), threads.numba_is_safe())
         if compiled_for != self._compiled_for:
             tensors.prepare(work, update)

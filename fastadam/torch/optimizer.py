@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fastadam.checks import require_flag
 from fastadam.torch import options
+from fastadam.torch.backward import StepInBackward
 from fastadam.torch.plans import Plan
+
+_MOST_PLANS = 1000
+"""Kept of one optimizer; there are more only where each backward gives gradients in another order."""
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -42,6 +47,11 @@ class FusedAdam(torch.optim.Optimizer):
         As ``torch.optim.Adam`` takes them; without effect, a step is always fused.
     capturable, differentiable : bool
         Only False.
+    step_in_backward : bool
+        Step parameters during ``backward``, as their gradients come, and drop these, so that they never exist
+        all at once; :meth:`step`, called after each ``backward``, steps what is left. The same bits. Options
+        count as they are during ``backward``. Neither clipping nor accumulating gradients nor a
+        ``GradScaler`` goes with it.
 
     Raises
     ------
@@ -72,7 +82,9 @@ class FusedAdam(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        step_in_backward: bool = False,
     ) -> None:
+        self._in_backward = None
         self._forget()
         defaults = {
             "lr": lr,
@@ -88,11 +100,17 @@ class FusedAdam(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         options.require_valid(defaults)
+        is_in_backward = require_flag("step_in_backward", step_in_backward)
         super().__init__(params, defaults)
+        if is_in_backward:
+            self._in_backward = StepInBackward(self)
+            self._in_backward.watch()
+
+    _in_backward: StepInBackward | None = None  # a copy has none: it steps when step is called
 
     def _forget(self) -> None:
         """Find everything anew with the next step."""
-        self._plan: Plan | None = None
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in PyTorch.
@@ -109,6 +127,8 @@ class FusedAdam(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         self._forget()
+        if self._in_backward is not None:
+            self._in_backward.watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -142,7 +162,8 @@ class FusedAdam(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            If a gradient is sparse.
+            If a gradient is sparse. With ``step_in_backward``, if a ``GradScaler`` calls it or a gradient was
+            written after ``backward``.
         NotImplementedError
             If a parameter is not in CPU memory.
         TypeError, ValueError
@@ -161,19 +182,31 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step(self) -> None:
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._in_backward is not None:
+            if found_inf is not None or grad_scale is not None:
+                raise RuntimeError(
+                    "step_in_backward must be False for a GradScaler; got True. Parameters were stepped with"
+                    " scaled gradients: leave it out, or train in bfloat16 without a scaler."
+                )
+            self._in_backward.finish()
+            return
         if found_inf is not None and float(found_inf) != 0:
             return
-        groups, states, plan = self.param_groups, self.state, self._plan
-        grads = [param.grad for group in groups for param in group["params"]]
+        self._advance([param.grad for group in self.param_groups for param in group["params"]])
+
+    def _advance(self, grads: list[Tensor | None], key: tuple[int, ...] = ()) -> None:
+        """Step the parameters that have a gradient here; the plan is kept for the next call with the key."""
+        groups, states, plan = self.param_groups, self.state, self._plans.pop(key, None)
         ready = None if plan is None else plan.ready(groups, states, grads)
         if plan is None or ready is None:
-            self._plan = None
             plan = Plan(groups, states, grads)
             ready = plan.ready(groups, states, grads)
             assert ready is not None
         plan.step(groups, states, ready, getattr(self, "grad_scale", None))
-        self._plan = plan
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
 
 
 class FusedAdamW(FusedAdam):
@@ -193,6 +226,7 @@ class FusedAdamW(FusedAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        step_in_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -207,4 +241,5 @@ class FusedAdamW(FusedAdam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            step_in_backward=step_in_backward,
         )

@@ -186,7 +186,7 @@ def _state_of(param: Tensor, state: dict[str, Any], names: tuple[str, ...], labe
     TypeError, ValueError
         If it does not fit.
     """
-    found: dict[str, Any] = {"step": _count(state.get("step", 0.0), label)}
+    found: dict[str, Any] = {"step": counted(state.get("step", 0.0), label)}
     for name in names:
         kept = state.get(name)
         if kept is None:
@@ -209,7 +209,8 @@ def _state_of(param: Tensor, state: dict[str, Any], names: tuple[str, ...], labe
     return found
 
 
-def _count(step: Any, label: str) -> float:
+def counted(step: Any, label: str) -> float:
+    """Return how many steps were taken, as a state has it; raise ValueError if it is no such number."""
     number = float(step)
     if not (0 <= number < COUNTS and number.is_integer()):
         raise ValueError(f"{label}['step'] must be a count of steps; got {number}.")

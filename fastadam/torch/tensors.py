@@ -49,19 +49,22 @@ def goes_with(tensor: Tensor, param: Tensor) -> bool:
     return math_of(DTYPES[tensor.dtype]) == math_of(DTYPES[param.dtype])
 
 
-def require_steppable(param: Tensor, name: str) -> None:
-    """Raise unless a parameter can be stepped where it lies.
+def require_steppable(param: Tensor, name: str, *, elsewhere: bool = False) -> None:
+    """Raise unless a parameter can be stepped where it lies; ``elsewhere``, also from a CUDA device.
 
     Raises
     ------
     NotImplementedError
-        If it is not in CPU memory.
+        If it is in other memory.
     TypeError, ValueError
         If it is of another dtype, sparse, or has gaps.
     """
-    if param.device.type != "cpu":
+    if elsewhere and param.device.type not in {"cpu", "cuda"}:
+        raise NotImplementedError(f"{name} must be in CPU memory or on a CUDA device; got {param.device}.")
+    if not elsewhere and param.device.type != "cpu":
         raise NotImplementedError(
-            f"{name} must be in CPU memory; got {param.device}. Move the model, or take torch.optim.Adam."
+            f"{name} must be in CPU memory; got {param.device}. Move the model, or take torch.optim.Adam or"
+            " fastadam.torch.OffloadedAdam."
         )
     if param.layout is not torch.strided:
         raise TypeError(f"{name} must be strided; got {param.layout}.")
@@ -103,6 +106,11 @@ def require_fits(grad: Tensor, param: Tensor, name: str) -> None:
 def in_order_of(tensor: Tensor, param: Tensor) -> Tensor:
     """Return a copy of a tensor whose elements lie in memory as those of a parameter."""
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what is computed with, where parameters of a dtype are stepped."""
+    return torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
 
 
 def like(dtype: torch.dtype) -> np.ndarray[Any, np.dtype[Any]]:
