@@ -19,7 +19,8 @@ from bench import environment, harness, oracle
 from bench.environment import Result
 from bench.oracle import Array, Contender
 from bench.units import format_size, format_time
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu
 
 SIZES = tuple(2**exponent for exponent in range(10, 19))
@@ -31,7 +32,7 @@ app = typer.Typer(add_completion=False)
 
 def start(loop: Callable[..., None], params: Array, grads: Array, moments: tuple[Array, Array]) -> Contender:
     """Return a loop as a contender, without the work of the optimizer around it."""
-    coefficients = Coefficients(Hyperparameters(oracle.LR, oracle.BETAS, oracle.EPS), params.dtype)
+    coefficients = Coefficients(AdamHyperparameters(oracle.LR, oracle.BETAS, oracle.EPS), params.dtype)
     checked = map(coefficients.rule, range(1, len(oracle.GRAD_FACTORS) + 1))
     rules = chain(checked, repeat(coefficients.rule(1000)))
 

@@ -15,11 +15,11 @@ from typing import Any
 import numba
 import numpy as np
 
+from fastadam.adam import FusedAdam
 from fastadam.buffers import Array
 from fastadam.devices import CPU, Device
 from fastadam.kernels import threads
 from fastadam.kernels.cpu import PARALLEL_FROM
-from fastadam.optimizer import FusedAdam
 from fastadam.state import State
 
 SIZES = (2**10, 2**16, 2**20, 2**24)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -84,11 +84,12 @@ class Checkpoint:
             self.extra: Any = json.loads(file.texts["extra"])
             self.step = count("step", document["step"], least=0)
             self._called: dict[str, Any] = document["schedules"]
-            names = {field.name for field in fields(Hyperparameters)}
-            values = document["hyperparameters"]
+            kind, values = document.get("rule", "adam"), document["hyperparameters"]
+            of_rule = Hyperparameters.KINDS[kind]
+            names = set(of_rule.names())
             if not values.keys() <= names:
                 raise KeyError(*values.keys() - names)  # noqa: TRY301
-            self._hyperparameters = Hyperparameters(**values)
+            self._hyperparameters = of_rule(**values)
             self.loss_scale()
             for written in (self._called.get("lr"), *dict(self._called["segments"]).values()):
                 if written is not None and "callable" not in written:
@@ -128,7 +129,7 @@ class Checkpoint:
     def _stored(self) -> tuple[tuple[str, ...], tuple[np.dtype[Any], ...]]:
         """Return the names of what a state of this file has, and the dtype of each; nothing before step 1."""
         tensors, h = self._file.tensors, self._hyperparameters
-        if "exp_avg" not in tensors:
+        if h.state and h.state[0] not in tensors:
             return (), ()
         masters = tuple(name for name in MASTERS.values() if name in tensors)
         kinds = (*precision.of_states(h.state, h.state_dtype), *masters)

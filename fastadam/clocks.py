@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeVar, cast
 import numpy as np
 
 from fastadam import bias_correction, precision, streams
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import REPORTS, Clock

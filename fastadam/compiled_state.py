@@ -21,7 +21,8 @@ from numba.core.errors import TypingError
 from fastadam import bias_correction
 from fastadam.bias_correction import BLOCK
 from fastadam.buffers import Array
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import norms, rules
 from fastadam.kernels.compiling import digest
 from fastadam.segments import Segment

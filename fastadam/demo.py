@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastadam import schedules
+from fastadam.adam import AdamHyperparameters, FusedAdam
 from fastadam.buffers import Array
+from fastadam.coefficients import Coefficients
 from fastadam.demo_model import MLP
 from fastadam.devices import CPU, Device
-from fastadam.hyperparameters import Coefficients, Hyperparameters
-from fastadam.optimizer import FusedAdam
 from fastadam.warming import warmup
 
 SIZES = (64, 200, 10)
@@ -71,7 +71,9 @@ class Settings:
             raise ValueError(f"seed must be in [0, 2**32); got {self.seed}.")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1; got {self.epochs}.")
-        Coefficients(Hyperparameters(self.lr, **OPTIMIZER), np.dtype(np.float32))  # raises what a step would
+        Coefficients(
+            AdamHyperparameters(self.lr, **OPTIMIZER), np.dtype(np.float32)
+        )  # raises what a step would
         if 0 < self.lr < SMALLEST_LR:
             raise ValueError(f"lr must be 0 or at least {SMALLEST_LR}; got {self.lr}.")
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastadam import buffers, clocks, device_stored, streams
-from fastadam.hyperparameters import Coefficients, Hyperparameters, divisor
+from fastadam.coefficients import Coefficients, divisor
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, Look
 from fastadam.segments import Segments

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadam.adam import FusedAdam
 from fastadam.checks import at_least_zero, count
 from fastadam.exchanged import (
     Layout,
@@ -32,8 +33,7 @@ from fastadam.exchanged import (
     unload,
 )
 from fastadam.flat import Flat
-from fastadam.hyperparameters import check
-from fastadam.optimizer import FusedAdam
+from fastadam.hyperparameters import CHECKS
 
 _KERAS = {"exp_avg": "momentum", "exp_avg_sq": "velocity", "max_exp_avg_sq": "velocity_hat"}
 
@@ -61,7 +61,7 @@ def hat_of_eps(eps: float, beta2: float, step: int) -> float:
 
 
 def _root(beta2: float, step: int) -> float:
-    beta: float = check("betas", (0.0, beta2))[1]
+    beta: float = CHECKS["betas"]("betas", (0.0, beta2))[1]
     return sqrt(1 - beta ** count("step", step))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadam.adam import FusedAdam
 from fastadam.exchanged import (
     Layout,
     load,
@@ -16,7 +17,6 @@ from fastadam.exchanged import (
     unload,
 )
 from fastadam.flat import Flat
-from fastadam.optimizer import FusedAdam
 
 _KIND = "ScaleByAdamState"
 

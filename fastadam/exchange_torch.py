@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fastadam.adam import FusedAdam
 from fastadam.exchanged import Layout, load, require_one_step, require_optimizer, require_size, unload
 from fastadam.flat import Flat
-from fastadam.optimizer import FusedAdam
 from fastadam.segments import Segment, Segments
 
 _OWN = ("lr", "betas", "eps", "weight_decay")

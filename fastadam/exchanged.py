@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fastadam import formats
+from fastadam.adam import FusedAdam
 from fastadam.buffers import Array
 from fastadam.flat import Flat
-from fastadam.optimizer import FusedAdam
 from fastadam.segments import Segments
 
 _MASTERS = ("master_params", "param_master", "param_remainder")

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from fastadam import buffers, precision, stored
+from fastadam.adam import AdamHyperparameters, FusedAdam
 from fastadam.arrays import Scalar
 from fastadam.checks import count
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.libraries import NUMPY
-from fastadam.optimizer import FusedAdam
 from fastadam.segments import Segment, Segments
 from fastadam.state import State
 
@@ -102,7 +102,7 @@ def init(flat_params: Array, *, segments: Iterable[Segment] = (), **hyperparamet
     >>> unravel(flat_params)["w"].tolist(), int(state.step)
     ([0.75, 0.75], 1)
     """
-    h = Hyperparameters(**hyperparameters)
+    h = AdamHyperparameters(**hyperparameters)
     for name in ("zero_grads", "telemetry"):
         if getattr(h, name):
             why = "gradients are not written to" if name == "zero_grads" else "there is no last_step"

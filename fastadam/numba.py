@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from numba.extending import overload
 
 from fastadam import buffers, formats
+from fastadam.coefficients import Coefficients
 from fastadam.compiled_state import CompiledAdam, compiled_adam, require_defaults, require_types
 from fastadam.compiled_steps import make_step
-from fastadam.hyperparameters import Coefficients
 from fastadam.kernels.compiling import JIT_OPTIONS, jit
 from fastadam.kernels.cuda import DeviceBuffer
 from fastadam.last_step import Done
 
 if TYPE_CHECKING:
-    from fastadam.optimizer import FusedAdam
+    from fastadam.adam import FusedAdam
     from fastadam.state import State
 
 __all__ = ["CompiledAdam", "compiled", "step", "step_parallel"]

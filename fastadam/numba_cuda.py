@@ -13,14 +13,14 @@ from numba import cuda
 
 from fastadam import formats
 from fastadam.checks import count
+from fastadam.coefficients import Coefficients, divisor
 from fastadam.compiled_state import require_defaults
-from fastadam.hyperparameters import Coefficients, divisor
 from fastadam.kernels import rules
 from fastadam.kernels.cuda_exact import exact, plain, require_types
 from fastadam.kernels.cuda_loop import make_update
 
 if TYPE_CHECKING:
-    from fastadam.optimizer import FusedAdam
+    from fastadam.adam import FusedAdam
 
 __all__ = ["DeviceAdam", "device_adam"]
 

@@ -1,12 +1,10 @@
-"""The optimizer: what a user calls."""
+"""The optimizer: what a user calls. :mod:`fastadam.adam` and :mod:`fastadam.family` give it a rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable
 from functools import partial
-from os import PathLike
-from typing import Any, Self, SupportsIndex, cast
+from typing import Any, ClassVar, Self, SupportsIndex, TypedDict, cast
 
 import numpy as np
 
@@ -33,182 +31,82 @@ from fastadam.arrays import (
     StateFormat,
 )
 from fastadam.checks import require_flag
-from fastadam.hyperparameters import Coefficients, Hyperparameters, Schedule, divisor
+from fastadam.coefficients import Coefficients, divisor
+from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import rules
 from fastadam.kernels.cuda import DeviceBuffer, KernelTypes
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.rounding import PLAIN
 from fastadam.last_step import Done, LastStep
-from fastadam.loss_scale import DynamicLossScale
-from fastadam.progress import Progress
+from fastadam.persistent import Persistent
+from fastadam.rows import require_fields
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments
-from fastadam.state import State, plain, require_keys
+from fastadam.state import State
 from fastadam.tunables import Tunables
 
 
-class FusedAdam(Tunables):
-    r"""Adam, in one fused pass over flat buffers, in place.
+class Options(TypedDict, total=False):
+    """What all optimizers take besides arguments of their own, as :class:`fastadam.FusedAdam` has it."""
 
-    .. math::
+    max_grad_norm: Number | None
+    max_grad_value: Number | None
+    skip_nonfinite: bool
+    ema_decay: Number | None
+    zero_grads: bool
+    telemetry: bool
+    state_dtype: StateFormat | tuple[StateFormat, StateFormat]
+    master_params: MasterFormat | None
+    rounding: Rounding
+    seed: SupportsIndex
+    offset: SupportsIndex
+    segments: Iterable[Segment]
+    backend: BackendName | None
+    capturable: bool
 
-        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
-        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
-        \theta_t &= \theta_{t-1}
-            - \text{lr} \cdot \frac{m_t}{1 - \beta_1^t}
-            \Big/ \Big( \sqrt{\frac{v_t}{1 - \beta_2^t}} + \text{eps} \Big)
 
-    The moments are allocated on the first step: 8 bytes per float32 parameter, 4 more with AMSGrad and 4 with
-    the average of the parameters, on their device. Segments and telemetry keep tables beside them, some 0.05
-    bytes per parameter. One optimizer may not step
-    in two threads at once; different optimizers may.
+_OF_HYPERPARAMETERS = Options.__annotations__.keys() - {"segments", "backend", "capturable"}
 
-    Parameters
-    ----------
-    lr : float or callable, default 1e-3
-        Learning rate, at least 0, or a function of the step number, counted from 1, such as those of
-        :mod:`fastadam.schedules`.
-    betas : tuple of float, default (0.9, 0.999)
-        Decay rates of the first and the second moment, each in [0, 1).
-    eps : float, default 1e-8
-        Added to the root of the second moment, after its bias correction; at least 0.
-    weight_decay : float, default 0.0
-        Weight decay, at least 0.
-    decoupled_weight_decay : bool, default False
-        False adds ``weight_decay * param`` to the gradient (L2). True is AdamW: it subtracts
-        ``lr * weight_decay * param`` from the parameter, before the update.
-    amsgrad : bool, default False
-        Divide by the root of the maximum of all second moments so far.
-    maximize : bool, default False
-        Ascend: the gradient is negated, before any weight decay.
-    max_grad_norm : float, optional
-        Clip the gradient to this global norm, greater than 0; the meaning is that of
-        ``torch.nn.utils.clip_grad_norm_``.
-    max_grad_value : float, optional
-        Clip each element of the gradient to this magnitude, greater than 0.
-    skip_nonfinite : bool, default False
-        Take no step where an element of the gradient is inf or NaN: nothing is written and nothing counted.
-    ema_decay : float, optional
-        Keep an exponential moving average of the parameters, ``state.param_ema``, with this decay, in [0, 1).
-        It starts with the parameters before the first step. See :meth:`swap_ema`.
-    zero_grads : bool, default False
-        Set the gradients to zero when a step has used them, or skipped them.
-    telemetry : bool, default False
-        Report of each step the norms of the gradient, of the update and of the parameters, how many elements
-        of the gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`). They are
-        formed in the same pass, and change no bit of it.
-    state_dtype : {"float32", "bfloat16", "8bit"} or a pair of them, default "float32"
-        How the moments are stored; a pair is for ``exp_avg`` and ``exp_avg_sq``. In 8 bits, blocks of 128
-        elements share a scale. With float64 parameters only the default, which is float64 then. This and what
-        follows: ``docs/storage.md``.
-    master_params : {None, "float32", "split"}, default None
-        Keep 16-bit parameters exactly, in the state: as float32, or as what is missing of bfloat16 parameters
-        to it, 2 bytes.
-    rounding : {"stochastic", "nearest"}, default "stochastic"
-        Of what is stored in 16 or 8 bits: moments, and parameters without a master. To the nearest, averages
-        stop following: their steps are smaller than half a unit in the last place.
-    seed : int, default 0
-        Of stochastic rounding, in [0, 2**53). There is no generator: (seed, step, element) give the bits.
-    offset : int, default 0
-        Index of the buffer's first element in the whole buffer of which it is a shard, in [0, 2**53). With
-        moments in 8 bits shards have the bits of the whole where it is a multiple of 128.
-    segments : iterable of Segment, default ()
-        Parts of the buffer with hyperparameters of their own, which do not overlap: see
-        :class:`fastadam.Segment`. What they do not set, and what lies in none, follows the optimizer's own.
-    backend : {None, "cpu", "cupy", "numba-cuda"}, default None
-        What runs the steps. None chooses by the buffers of the first step: for arrays in GPU memory CuPy, or
-        numba-cuda where CuPy is not installed.
-    capturable : bool, default False
-        Keep the step counter and the learning rate in GPU memory, so that a step captured in a CUDA graph
-        counts on, and follows :attr:`lr`, with every replay. The bits are the same. Betas, those of segments
-        too, must be at most 1 - 2**-18, and no ``lr`` a function.
+
+def split(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that are hyperparameters, and the others.
 
     Raises
     ------
     TypeError
-        If a hyperparameter is not of its type.
-    ValueError
-        If a hyperparameter is not finite or out of its range, segments overlap, there is no such backend, or
-        a schedule is to be captured.
-    ImportError
-        If the package that the backend needs is not installed.
-
-    Notes
-    -----
-    Names, meanings and defaults are those of ``torch.optim.Adam``; ``decoupled_weight_decay=True`` makes it
-    ``torch.optim.AdamW``, whose default ``weight_decay`` is 0.01. The arithmetic is that of the parameters'
-    dtype, and every operation rounds once: the same inputs give the same bits with any number of threads, any
-    split of the buffer, and on GPUs. See :mod:`fastadam.kernels.rules`.
-
-    A gradient with inf or NaN is not an error: it reaches the parameter and the moments of its element only.
-    So does one whose square overflows: its element becomes NaN with the next step.
-
-    References
-    ----------
-    Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1.
-    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
-    Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond", ICLR 2018, Algorithm 2.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastadam import FusedAdam
-    >>> params = np.array([1.0, -2.0], dtype=np.float32)
-    >>> opt = FusedAdam(lr=0.1)
-    >>> for _ in range(300):
-    ...     opt.step(params, 2 * params)  # the gradient of params ** 2
-    >>> bool(np.all(np.abs(params) < 1e-2))
-    True
-    >>> opt.state.step
-    300
+        If there is another.
     """
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"got an unexpected keyword argument {name!r}")
+    own = {name: value for name, value in options.items() if name in _OF_HYPERPARAMETERS}
+    return own, {name: value for name, value in options.items() if name not in own}
+
+
+class FusedOptimizer(Tunables, Persistent):
+    """Steps of one update rule, in one fused pass over flat buffers, in place: what all optimizers share.
+
+    One optimizer may not step in two threads at once; different optimizers may.
+
+    Parameters
+    ----------
+    hyperparameters : Hyperparameters
+        Those of the rule, and what all rules have.
+    segments, backend, capturable
+        As :class:`fastadam.FusedAdam` has them.
+    """
+
+    HYPERPARAMETERS: ClassVar[type[Hyperparameters]]
+    """Those of the rule."""
 
     def __init__(
         self,
-        lr: Number | Schedule = 1e-3,
-        betas: tuple[Number, Number] | list[float] = (0.9, 0.999),
-        eps: Number = 1e-8,
-        weight_decay: Number = 0.0,
+        hyperparameters: Hyperparameters,
         *,
-        decoupled_weight_decay: bool = False,
-        amsgrad: bool = False,
-        maximize: bool = False,
-        max_grad_norm: Number | None = None,
-        max_grad_value: Number | None = None,
-        skip_nonfinite: bool = False,
-        ema_decay: Number | None = None,
-        zero_grads: bool = False,
-        telemetry: bool = False,
-        state_dtype: StateFormat | tuple[StateFormat, StateFormat] = "float32",
-        master_params: MasterFormat | None = None,
-        rounding: Rounding = "stochastic",
-        seed: SupportsIndex = 0,
-        offset: SupportsIndex = 0,
         segments: Iterable[Segment] = (),
         backend: BackendName | None = None,
         capturable: bool = False,
     ) -> None:
-        values: tuple[Any, ...] = (  # numbers of NumPy too, which become plain ones
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            decoupled_weight_decay,
-            amsgrad,
-            maximize,
-            max_grad_norm,
-            max_grad_value,
-            skip_nonfinite,
-            ema_decay,
-            zero_grads,
-            telemetry,
-            state_dtype,
-            master_params,
-            rounding,
-            seed,
-            offset,
-        )
-        self._hyperparameters = Hyperparameters(*values)
+        self._hyperparameters = hyperparameters
         self._backend = backends.require_name(backend)
         self._capturable = require_flag("capturable", capturable)
         self._coefficients: Coefficients | None = None
@@ -223,6 +121,13 @@ class FusedAdam(Tunables):
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._accumulator = Accumulator()
         self._library = ""  # whose current stream the last capturable step took
+
+    @classmethod
+    def _of(cls, hyperparameters: Hyperparameters, **options: Any) -> Self:
+        """Return an optimizer with these, whatever its own arguments are."""
+        opt = cls.__new__(cls)
+        FusedOptimizer.__init__(opt, hyperparameters, **options)
+        return opt
 
     def step(
         self,
@@ -441,185 +346,6 @@ class FusedAdam(Tunables):
         """The moments and the step counter."""
         return self._state
 
-    def reset(self) -> None:
-        """Forget all steps: drop the moments and the step counter, keep the hyperparameters.
-
-        A CUDA graph that holds a step must be captured again.
-        """
-        self._replace_state(State(), Accumulator())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a bit-exact resume needs.
-
-        Returns
-        -------
-        dict
-            The hyperparameters, ``"step"`` (int) and, once a step was taken, a copy of each moment, shape
-            (n,), in CPU memory whatever the backend. Plain arrays and numbers:
-            ``numpy.savez(file, **opt.state_dict())`` stores it, and any backend resumes from it.
-
-            ``"segments"``, where there are any, is a float64 array with a row for each: start, stop, lr,
-            weight_decay, betas[0], betas[1], eps, frozen; NaN for what it does not set. Of a callable ``lr``
-            there is the value of the last step.
-        """
-        values = self._hyperparameters.to_dict()
-        if callable(self.lr):
-            values["lr"] = float(self.lr(max(self._state.step, 1)))
-        if self._segments is not None and self._segments.given:
-            values["segments"] = self._segments.to_array(max(self._state.step, 1))
-        return {**values, **self._state.to_dict(), **self._accumulator.to_dict()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the hyperparameters, the segments, the moments and the step counter.
-
-        ``state_dtype`` and ``master_params`` stay those of the optimizer: moments are converted, exactly or
-        to the nearest, and masters that are not in it begin with the parameters of the next step.
-
-        A callable ``lr`` stays: the optimizer's own, and that of a segment if one of the same elements is
-        loaded. Where ``state_dict`` has no segments, there are none afterwards.
-
-        The moments go to the device of the parameters with the next step. A CUDA graph that holds a step must
-        be captured again.
-
-        Parameters
-        ----------
-        state_dict : mapping
-            What :meth:`state_dict` returned, or ``numpy.load`` of a file made of it. It is copied.
-
-        Raises
-        ------
-        TypeError
-            If it is not a mapping, or a value has a wrong type or dtype.
-        ValueError
-            If a key is missing or unknown, a value out of its range, or a moment of another size than the
-            present state's; :meth:`reset` first to load a state of another size or dtype.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}.")
-        entries = dict(state_dict)
-        names = [field.name for field in fields(Hyperparameters)]
-        require_keys(entries, names[: names.index("max_grad_norm")])  # the others may be None, or newer
-        values = {name: plain(entries.pop(name)) for name in names if name in entries}
-        if callable(self.lr):
-            values["lr"] = self.lr
-        said = precision.state_dtype("state_dtype", values.get("state_dtype", "float32"))
-        master = precision.master_params("master_params", values.get("master_params"))
-        if master not in {None, self.master_params}:
-            raise ValueError(
-                f"state_dict['master_params'] must be {self.master_params!r}, the optimizer's own; got"
-                f" {master!r}. Make the optimizer with it."
-            )
-        values["state_dtype"], values["master_params"] = self.state_dtype, self.master_params
-        array = entries.pop("segments", None)
-        loaded = Segments(()) if array is None else Segments.from_array(array, self.segments)
-        hyperparameters = Hyperparameters(**values)
-        if self._capturable:
-            clocks.require_possible(hyperparameters, loaded)
-        accumulator = Accumulator.from_dict(entries)
-        kinds = (precision.of_states(hyperparameters.state, kind) for kind in (said, self.state_dtype))
-        said_of_each, wanted = kinds
-        state = State.from_dict(entries, hyperparameters.state, self._state, said=said_of_each, wanted=wanted)
-        self._hyperparameters = hyperparameters
-        self._use(loaded)
-        self._replace_state(state, accumulator)
-
-    def save(
-        self,
-        path: str | PathLike[str],
-        *,
-        params: object = None,
-        loss_scale: DynamicLossScale | None = None,
-        extra: Any = None,
-        progress: Progress = None,
-    ) -> None:
-        """Write a checkpoint from which :meth:`load` resumes bit for bit: ``docs/checkpoints.md``.
-
-        A safetensors file, every byte under a checksum, that takes the place of the old one at once: whoever
-        opens ``path`` finds one of them, whole, whenever the process is killed. Nothing is copied on the CPU.
-
-        Parameters
-        ----------
-        path : path
-            The file.
-        params : array_like, optional
-            The parameters, in CPU memory, to be kept beside the state.
-        loss_scale : DynamicLossScale, optional
-            To be kept, too.
-        extra : optional
-            Whatever JSON can hold: epochs, the state of a random generator.
-        progress : None, bool or callable, default None
-            None shows a bar from 1 GiB on, in a terminal with rich; True always. Or it is called with bytes,
-            those done and all.
-
-        Raises
-        ------
-        TypeError, ValueError, ImportError
-            If an argument is not what it must be.
-        OSError
-            If the file cannot be written; the old one stays.
-        """
-        from fastadam import saving
-
-        saving.save(self, path, params=params, loss_scale=loss_scale, extra=extra, show=progress)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | PathLike[str],
-        *,
-        lr: float | Schedule | None = None,
-        segments: Iterable[Segment] | None = None,
-        backend: str | None = None,
-        capturable: bool = False,
-        params: object = None,
-        loss_scale: DynamicLossScale | None = None,
-        shard: tuple[int, int] | None = None,
-        progress: Progress = None,
-    ) -> Self:
-        """Return the optimizer that :meth:`save` has written; a call that raises has changed nothing.
-
-        Parameters
-        ----------
-        path : path
-            The file.
-        lr, segments : optional
-            In place of those in the file. They must be given where one was a function other than those of
-            :mod:`fastadam.schedules`: no file can hold it.
-        backend, capturable
-            As for the class; the file does not know them.
-        params : array_like, optional
-            Gets the parameters that were saved, in place.
-        loss_scale : DynamicLossScale, optional
-            Gets the loss scale that was saved, in place.
-        shard : tuple of int, optional
-            Load elements ``start`` up to, without, ``stop`` of the buffer alone; with moments in 8 bits,
-            multiples of 128.
-        progress
-            As for :meth:`save`.
-
-        Raises
-        ------
-        TypeError, ValueError, ImportError
-            If an argument is not what it must be; if the file is damaged, something else, of a newer version,
-            or has not what is asked for.
-        OSError
-            If it cannot be read.
-        """
-        from fastadam import resuming
-
-        opt: Self = resuming.load(
-            cls,
-            path,
-            lr=lr,
-            segments=segments,
-            params=params,
-            loss_scale=loss_scale,
-            shard=shard,
-            show=progress,
-            options={"backend": backend, "capturable": capturable},
-        )
-        return opt
-
     @property
     def backend(self) -> str | None:
         """The name of the backend that takes the steps; None before the first step if none was asked for."""
@@ -677,6 +403,7 @@ class FusedAdam(Tunables):
     @segments.setter
     def segments(self, value: Iterable[Segment]) -> None:
         new, clock = Segments(value), self._state._clock
+        require_fields(new, self._hyperparameters)
         if self._capturable:
             clocks.require_possible(self._hyperparameters, new)
             if clock is not None:
@@ -739,9 +466,9 @@ class FusedAdam(Tunables):
                     "stream must not be in capture: the first step allocates the moments."
                     " Take one step before."
                 )
-            return kernels, State.on_device(kernels, params, names, kinds, master, state)
+            return kernels, State.on_device(kernels, params, names, kinds, master, state, h.start())
         if not state._arrays or (state._master is None and master is not None):
-            state = State.of_params(params, names, kinds, master, state)
+            state = State.of_params(params, names, kinds, master, state, h.start())
         return kernels, state
 
     def _look_at(
@@ -809,6 +536,13 @@ class FusedAdam(Tunables):
     def _change(self, **values: Any) -> None:
         hyperparameters, state = self._hyperparameters.changed(**values), self._state
         coefficients, clock = None, state._clock
+        old_states, new_states = self._hyperparameters.state, hyperparameters.state
+        if old_states != new_states and (state._names or state._step):
+            (name,) = values
+            raise ValueError(
+                f"{name} must keep what the state has, {list(old_states)}; got {values[name]}, which needs"
+                f" {list(new_states)}. Reset the optimizer first."
+            )
         if self._capturable:
             clocks.require_possible(hyperparameters, self._segments)
         if clock is not None:
@@ -846,25 +580,3 @@ class FusedAdam(Tunables):
     def _replace_state(self, state: State, accumulator: Accumulator) -> None:
         self._state, self._accumulator = state, accumulator
         self._coefficients = self._prepared = self._kernels = self._last = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
-        nothing = dict.fromkeys(("_coefficients", "_segmented", "_prepared", "_kernels", "_scratch"))
-        last = self.last_step
-        return {**self.__dict__, **nothing, "_last": None if last is None else last._done}
-
-    def __repr__(self) -> str:
-        h = self._hyperparameters
-        values = {
-            field.name: getattr(h, field.name)
-            for k, field in enumerate(fields(h))
-            if k < 7 or getattr(h, field.name) != field.default
-        }
-        if self._backend is not None:
-            values["backend"] = self._backend
-        if self._capturable:
-            values["capturable"] = True
-        arguments = [f"{name}={value!r}" for name, value in values.items()]
-        if self.segments:
-            arguments.append(f"segments=<{len(self.segments)}>")
-        return f"{type(self).__name__}({', '.join(arguments)})"

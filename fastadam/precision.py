@@ -28,6 +28,16 @@ def state_dtype(name: str, value: object) -> StateDtype:
     return first if first == second else (first, second)
 
 
+def state_dtype_of_all(name: str, value: object) -> StateDtype:
+    """Return the format of all states of a rule whose moments are not Adam's."""
+    if not isinstance(value, str) or value not in {"float32", "bfloat16"}:
+        raise ValueError(
+            f"{name} must be 'float32' or 'bfloat16' for this optimizer; got {value!r}. Only moments like Adam's"
+            " are kept in 8 bits, or each in a format."
+        )
+    return str(value)
+
+
 def master_params(name: str, value: object) -> str | None:
     """Return "float32", "split" or None."""
     if value is None or (isinstance(value, str) and value in {"float32", "split"}):

@@ -20,7 +20,7 @@ from fastadam.state import State
 
 
 def load(
-    cls: Callable[..., Any],
+    cls: Any,
     path: str | os.PathLike[str],
     *,
     lr: Any = None,
@@ -36,10 +36,13 @@ def load(
     with Checkpoint(path) as file:
         start, stop = file._range(*((0, None) if shard is None else shard))
         h = file._hyperparameters
-        values = {**vars(h), "lr": _lr(file) if lr is None else lr, "offset": h.offset + start}
-        opt = cls(
-            **values, segments=_segments(file, start, stop) if segments is None else segments, **options
-        )
+        if not isinstance(h, cls.HYPERPARAMETERS):
+            raise file._file.error(
+                f"be of a {cls.__name__}", f"{h.KIND!r}", "Load it with the class that has saved it."
+            )
+        values = {"lr": _lr(file) if lr is None else lr, "offset": h.offset + start}
+        given = _segments(file, start, stop) if segments is None else segments
+        opt = cls._of(h.changed(**values), segments=given, **options)
         target = None if params is None else _params(file, params, stop - start)
         scale = None if loss_scale is None else _loss_scale(file, loss_scale)
         accumulator, found = Accumulator(), None

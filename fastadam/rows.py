@@ -6,19 +6,22 @@ column of them, by the same functions and with the same roundings: the bits are 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastadam.bias_correction import of_many, table
+from fastadam.bias_correction import BLOCK
 from fastadam.checks import at_least_zero
-from fastadam.hyperparameters import Coefficients, Hyperparameters, outside, require_range
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters, outside, require_range
 from fastadam.kernels import rules
-from fastadam.kernels.units import COLUMNS, Integers, RowTables, row_of
+from fastadam.kernels.units import Integers, RowTables, row_of
+from fastadam.rule import Constant, LrOver, PerStep, Sequence
 from fastadam.segments import Numbers, Segments
 
-_STEP_SIZE, _INVERSE, _EPS = (COLUMNS.index(name) for name in ("step_size", "inv_bias_correction2", "eps"))
-_AVERAGING = slice(_STEP_SIZE + 1, _STEP_SIZE + 5)
+_OF_SEGMENTS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+"""The fields of a segment, as rules know them."""
 
 
 class Rows:
@@ -35,8 +38,8 @@ class Rows:
 
     Attributes
     ----------
-    coefficients : ndarray, shape (rows, len(COLUMNS))
-        Of the dtype; those of the step that was formed last.
+    coefficients : ndarray, shape (rows, 1 + coefficients of the rule)
+        Of the dtype; those of the step that was formed last, the weight decay's first.
     decay : L2Decay, DecoupledDecay or None
         What any row has; its type counts, not its value.
 
@@ -47,32 +50,39 @@ class Rows:
     """
 
     def __init__(self, segments: Segments, hyperparameters: Hyperparameters, c: Coefficients) -> None:
-        h = hyperparameters
-        self._c = c
-        own = (0.0 if callable(h.lr) else h.lr, h.weight_decay, *h.betas, h.eps)
-        fields = np.vstack([np.full(len(own), np.nan), segments.fields])
-        lr, weight_decay, beta1, beta2, eps = np.where(np.isnan(fields), own, fields).T
+        h, rule = hyperparameters, hyperparameters.rule
+        self._c, self._rule = c, rule
+        fields = np.vstack([np.full(len(_OF_SEGMENTS), np.nan), segments.fields])
+        own = {"lr": 0.0 if callable(h.lr) else h.lr, "weight_decay": h.weight_decay, **h.numbers()}
+        numbers = {name: np.full(len(fields), value) for name, value in own.items()}
+        for name, column in zip(_OF_SEGMENTS, fields.T, strict=True):
+            if name in own:
+                numbers[name] = np.where(np.isnan(column), own[name], column)
         self._follows = np.isnan(fields[:, 0])  # rows of schedules of their own, too: they are set behind
         self._schedules = segments.schedules
         self._follows_a_schedule = callable(h.lr)
-        self._lr, self._beta1, self._beta2 = lr, beta1, beta2
+        self._numbers, self._lr = numbers, numbers["lr"]
+        weight_decay = numbers["weight_decay"]
         self._weight_decay = np.where(weight_decay > 0, weight_decay, np.nan)
         self._decoupled = h.decoupled_weight_decay
 
         self._source = self._sources(fields[:, 0])
-        self._require_range("eps", eps)
-        self.coefficients = np.empty((len(fields), len(COLUMNS)), c.dtype)
-        self.coefficients[:, _AVERAGING] = np.stack([beta1, 1 - beta1, beta2, 1 - beta2], axis=1)
-        self.coefficients[:, _EPS] = eps
+        for label, of, names in rule.ranges:
+            if "lr" not in names:
+                self._require_range(label, of(*(numbers[name] for name in names)))
+        self.coefficients = np.empty((len(fields), 1 + len(rule.columns)), c.dtype)
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
         if (weight_decay > 0).any():
             self.decay = (rules.DecoupledDecay if self._decoupled else rules.L2Decay)(c.dtype.type(0))
         if not self._decoupled:
             self._require_range("weight_decay", self._weight_decay)
             self.coefficients[:, 0] = self._weight_decay
-        betas1, self._of_beta1 = _each_once(beta1)
-        betas2, self._of_beta2 = _each_once(beta2)
-        self._corrections1, self._corrections2 = of_many(tuple(betas1)), of_many(tuple(betas2))
+        self._formed: list[_Formed] = []
+        for k, column in enumerate(rule.columns, start=1):
+            if isinstance(column, Constant):
+                self.coefficients[:, k] = column.of(*(numbers[name] for name in column.names))
+            else:
+                self._formed.append(_formed(k, column, numbers, len(fields)))
         self._lr_changed, self._known_lr = True, c.lr
 
     def _require_range(self, name: str, values: Numbers) -> None:
@@ -106,7 +116,11 @@ class Rows:
 
     def _require_lr(self, lr: Numbers) -> None:
         self._require_range("lr", lr)
-        self._require_range("lr / (1 - betas[0])", lr / (1 - self._beta1))
+        for label, of, names in self._rule.ranges:
+            if "lr" in names:
+                self._require_range(
+                    label, of(*(lr if name == "lr" else self._numbers[name] for name in names))
+                )
         if self._decoupled:
             self._require_range("lr * weight_decay", rules.lr_times_weight_decay(lr, self._weight_decay))
 
@@ -116,9 +130,10 @@ class Rows:
             self._lr_changed = True
             self._update_lr(step, self._c.lr)
             self._lr_changed, self._known_lr = bool(self._schedules), self._c.lr
-        corrections1 = self._corrections1.at(step)[self._of_beta1]
-        self.coefficients[:, _STEP_SIZE] = rules.step_size(self._lr, corrections1)
-        self.coefficients[:, _INVERSE] = (1 / self._corrections2.at(step))[self._of_beta2]
+        number, place = divmod(step, BLOCK)
+        for k, is_over_lr, sequences in self._formed:
+            found = sequences.at(number, place)
+            self.coefficients[:, k] = rules.step_size(self._lr, found) if is_over_lr else found
 
     def take(self, c: rules.Update) -> None:
         """Take the coefficients of a step from the optimizer's own, where there are no others: 2 us less."""
@@ -146,20 +161,11 @@ class Rows:
 
     def tables(self) -> RowTables:
         """Return what a GPU forms the coefficients from."""
-        tables, places = [], [self._source]
-        at = 0
-        for betas, make in ((self._beta1, table), (self._beta2, lambda beta: 1 / table(beta))):
-            once, of_row = np.unique(betas, return_inverse=True)
-            made = [make(beta) for beta in once.tolist()]
-            counts = np.array([corrections.size for corrections in made])
-            places += [(at + np.cumsum(counts) - counts)[of_row], counts[of_row]]
-            tables += made
-            at += int(counts.sum())
         return RowTables(
             self.coefficients,
-            np.stack(places, axis=1),
+            self._source,
             self._weight_decay,
-            np.concatenate(tables),
+            [(k, is_over_lr, *sequences.tables()) for k, is_over_lr, sequences in self._formed],
             self._decoupled,
         )
 
@@ -169,7 +175,49 @@ class Rows:
         return tuple.__new__(rules.Update, (c[0], c[1], self.decay, c[3], c[4]))
 
 
-def _each_once(values: Numbers) -> tuple[Numbers, Any]:
-    """Return the different values, and an index that makes a column of something for each one of all."""
-    once, places = np.unique(values, return_inverse=True)
-    return once, slice(None) if once.size == 1 else places
+def require_fields(segments: Segments, hyperparameters: Hyperparameters) -> None:
+    """Raise ValueError if a segment sets what the optimizer does not have."""
+    own = {"lr", "weight_decay", *hyperparameters.numbers()}
+    for name, column in zip(_OF_SEGMENTS, segments.fields.T, strict=True):
+        found = ~np.isnan(column)
+        if name not in own and found.any():
+            k, label = int(np.argmax(found)), "betas" if name.startswith("beta") else name
+            raise ValueError(
+                f"segments[{k}].{label} must be None, as {hyperparameters.KIND} has no {label}; got a value."
+            )
+
+
+class _Sequences:
+    """Sequences of many rows, each once: the blocks of the steps that are asked for are kept."""
+
+    def __init__(self, sequences: list[Sequence], of_row: Any) -> None:
+        self._sequences, self._of_row = sequences, of_row
+        self._block: tuple[int, Numbers] = (-1, np.empty((0, 0)))  # one object: threads may share a copy
+
+    def at(self, number: int, place: int) -> Any:
+        """Return the number of a step for each row."""
+        formed, block = self._block
+        if number != formed:
+            block = np.stack([sequence.block(number) for sequence in self._sequences], axis=1)
+            self._block = number, block
+        return block[place][self._of_row]
+
+    def tables(self) -> tuple[list[Numbers | None], Integers]:
+        """Return the tables of all sequences, and which one each row has."""
+        return [sequence.table() for sequence in self._sequences], self._of_row
+
+
+class _Formed(NamedTuple):
+    """A column that is formed for each step."""
+
+    column: int
+    is_over_lr: bool
+    sequences: _Sequences
+
+
+def _formed(k: int, column: LrOver | PerStep, numbers: Mapping[str, Numbers], rows: int) -> _Formed:
+    given = [numbers[name] for name in column.names] or [np.zeros(rows)]
+    once, places = np.unique(np.stack(given, axis=1), axis=0, return_inverse=True)
+    made = [column.of(*row[: len(column.names)]) for row in once.tolist()]
+    places = places.reshape(rows)  # of NumPy 2.0 it has another shape
+    return _Formed(k, isinstance(column, LrOver), _Sequences(made, places))

@@ -51,6 +51,7 @@ def save(
     ]
     document = {
         "step": step,
+        "rule": opt._hyperparameters.KIND,
         "hyperparameters": hyperparameters,
         "schedules": called,
         "grads_summed": opt._accumulator.calls,

@@ -7,7 +7,8 @@ from functools import partial
 from math import sqrt
 from typing import Any
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.rounding import PLAIN, Storage
 from fastadam.last_step import Done, LastStep

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastadam.arrays import Number
 from fastadam.checks import count, require_flag
-from fastadam.hyperparameters import Schedule, check
+from fastadam.hyperparameters import CHECKS, Schedule
 from fastadam.kernels.run_chunks import RunChunks
 from fastadam.kernels.units import Units
 
@@ -104,7 +104,7 @@ class Segment:
         if start >= stop:
             raise ValueError(f"stop must be greater than start ({start}); got {stop}.")
         values = {name: getattr(self, name) for name in _OWN}
-        checked = {name: check(name, value) for name, value in values.items() if value is not None}
+        checked = {name: CHECKS[name](name, value) for name, value in values.items() if value is not None}
         frozen = require_flag("frozen", self.frozen)
         for name, value in {"start": start, "stop": stop, **checked, "frozen": frozen}.items():
             object.__setattr__(self, name, value)

@@ -119,6 +119,7 @@ class State:
         stored: tuple[str, ...],
         master: str | None,
         host: State,
+        start: Mapping[str, float] | None = None,
     ) -> State:
         """Return a state in GPU memory, made in the order of ``like.stream``.
 
@@ -134,8 +135,16 @@ class State:
             The name of the master.
         host : State
             What it starts from: a state in CPU memory with these moments, or with none.
+        start : mapping of str to float, optional
+            What moments begin with that do not begin with 0.
         """
         stream, math = like.stream or 0, formats.math_of(like.dtype)
+        if start and not host._views:
+            moments = tuple(name for name in names if name != "param_ema")
+            host = cls(
+                moments, like.size, math, host._step, kept(moments, stored[: len(moments)], None, math)[1]
+            )
+            host._fill(start)
         names, dtypes = kept(names, stored, master, math)
         place = like.pointer // like.dtype.itemsize % (PACK // math.itemsize)
         lengths = [like.size * dtype.itemsize for dtype in dtypes]
@@ -190,6 +199,7 @@ class State:
         stored: tuple[str, ...],
         master: str | None,
         host: State,
+        start: Mapping[str, float] | None = None,
     ) -> State:
         """Return a state in CPU memory for parameters of which there is none, or one without the master.
 
@@ -203,6 +213,8 @@ class State:
             The name of the master.
         host : State
             What it starts from: a state with these moments, or with none.
+        start : mapping of str to float, optional
+            What moments begin with that do not begin with 0.
         """
         math = formats.math_of(params.dtype)
         names, dtypes = kept(names, stored, master, math)
@@ -211,11 +223,18 @@ class State:
             mine[:] = theirs
         for mine, theirs in zip(state._scales, host._scales, strict=False):
             mine[:] = theirs
+        if not host._views:
+            state._fill(start or {})
         if not host._views and state.param_ema is not None:
             state._arrays[-1][:] = formats.decoded(params)  # type: ignore[index]
         if master == MASTERS["float32"]:
             state._master[:] = formats.decoded(params)
         return state
+
+    def _fill(self, start: Mapping[str, float]) -> None:
+        for name, value in start.items():
+            view = self._views[self._names.index(name)]
+            view[...] = loading.converted(np.array([value], self._layout.dtype), None, view.dtype)[0]
 
     @classmethod
     def from_dict(
@@ -258,6 +277,8 @@ class State:
         if step == 0 and len(entries) == 1:
             return cls()
         require_keys(entries, (*names, *scales))
+        if not (names or masters):
+            return cls(step=step)
 
         names, said, wanted = (*names, *masters), (*said, *masters), (*wanted, *masters)
         labels = [f"state_dict['{name}']" for name in names]
@@ -386,6 +407,20 @@ class State:
     def max_exp_avg_sq(self) -> Any:
         """Maximum of ``exp_avg_sq`` so far, shape (n,), or None without AMSGrad or before the first step."""
         return self._view("max_exp_avg_sq")
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a state by its name; None before the first step.
+
+        ``exp_inf``, ``momentum_buffer``, ``square_avg``, ``grad_avg``, ``acc_delta``, ``sum`` or what another
+        rule keeps: each has shape (n,).
+        """
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._names:
+            return self._view(name)
+        if not self._names:
+            return None
+        raise AttributeError(f"state must have {name!r}; got {list(self._names)}.")
 
     @property
     def param_master(self) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastadam import buffers, formats, precision
 from fastadam.buffers import Array, Buffer
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
 from fastadam.kernels.rounding import Storage
 from fastadam.rounding import rounding

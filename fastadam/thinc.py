@@ -15,7 +15,7 @@ except ImportError:
     raise ImportError("fastadam.thinc needs thinc. pip install thinc") from None
 
 from fastadam import optimizer
-from fastadam.hyperparameters import check
+from fastadam.hyperparameters import CHECKS
 
 _LARGEST_DECAY = 0.9999
 """Of the averages, which is ``(1 + t) / (10 + t)`` before: thinc's."""
@@ -124,7 +124,7 @@ class FusedAdam(Optimizer):
             float(schedule(self.step, **now))
             for schedule in (self.learn_rate, self.b1, self.b2, self.eps, self.L2, self.grad_clip)
         )
-        beta1, beta2 = check("betas", (beta1, beta2))
+        beta1, beta2 = CHECKS["betas"]("betas", (beta1, beta2))
         t = self.nr_update[key] + 1
         if decay and clip and not self.L2_is_weight_decay:
             gradient += decay * weights

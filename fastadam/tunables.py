@@ -34,24 +34,6 @@ class Tunables(ABC):
         self._change(lr=value)
 
     @property
-    def betas(self) -> tuple[float, float]:
-        """Decay rates of the moments; set them between steps."""
-        return self._hyperparameters.betas
-
-    @betas.setter
-    def betas(self, value: tuple[Number, Number] | list[float]) -> None:
-        self._change(betas=value)
-
-    @property
-    def eps(self) -> float:
-        """Added to the root of the second moment; set it between steps."""
-        return self._hyperparameters.eps
-
-    @eps.setter
-    def eps(self, value: Number) -> None:
-        self._change(eps=value)
-
-    @property
     def weight_decay(self) -> float:
         """Weight decay; set it between steps."""
         return self._hyperparameters.weight_decay
@@ -111,16 +93,6 @@ class Tunables(ABC):
         return self._hyperparameters.ema_decay
 
     @property
-    def decoupled_weight_decay(self) -> bool:
-        """Whether weight decay is AdamW's."""
-        return self._hyperparameters.decoupled_weight_decay
-
-    @property
-    def amsgrad(self) -> bool:
-        """Whether the maximum of the second moments is kept and used."""
-        return self._hyperparameters.amsgrad
-
-    @property
     def maximize(self) -> bool:
         """Whether steps ascend."""
         return self._hyperparameters.maximize
@@ -149,3 +121,42 @@ class Tunables(ABC):
     def offset(self) -> int:
         """Index of the first element in the whole buffer."""
         return self._hyperparameters.offset
+
+
+class HasBetas(Tunables):
+    """The decay rates of two averages."""
+
+    _hyperparameters: Any
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay rates of the moments; set them between steps."""
+        return self._hyperparameters.betas
+
+    @betas.setter
+    def betas(self, value: tuple[Number, Number] | list[float]) -> None:
+        self._change(betas=value)
+
+
+class HasEps(Tunables):
+    """What is added so that nothing is divided by 0."""
+
+    _hyperparameters: Any
+
+    @property
+    def eps(self) -> float:
+        """Added to the root of the second moment; set it between steps."""
+        return self._hyperparameters.eps
+
+    @eps.setter
+    def eps(self, value: Number) -> None:
+        self._change(eps=value)
+
+
+class HasDecoupled(Tunables):
+    """Weight decay of two kinds."""
+
+    @property
+    def decoupled_weight_decay(self) -> bool:
+        """Whether weight decay is AdamW's."""
+        return self._hyperparameters.decoupled_weight_decay

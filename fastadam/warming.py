@@ -8,10 +8,11 @@ from typing import Any, SupportsIndex, TypedDict, Unpack, cast
 import numpy as np
 
 from fastadam import backends, buffers, device_stored, formats, stored
+from fastadam.adam import FusedAdam
 from fastadam.arrays import BackendName, MasterFormat, Number, Rounding, StateFormat
 from fastadam.checks import require_flag
-from fastadam.hyperparameters import Coefficients, Schedule
-from fastadam.optimizer import FusedAdam
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Schedule
 from fastadam.rows import Rows
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments

@@ -39,6 +39,7 @@ from . import (
     elements,
     formats,
     observed,
+    relatives,
     rows,
     rules,
     storage,
@@ -63,6 +64,7 @@ _EMITTERS = (
     elements,
     formats,
     observed,
+    relatives,
     rows,
     rules,
     storage,
@@ -200,6 +202,16 @@ def _moving_average(average: Any, value: Any, beta: Any, one_minus_beta: Any) ->
     return rules.moving_average
 
 
+@overload(relatives.magnitude, jit_options=JIT_OPTIONS, strict=False)
+def _magnitude(number: Any) -> Any:
+    return relatives.magnitude
+
+
+@overload(relatives.centered_root, jit_options=JIT_OPTIONS, strict=False)
+def _centered_root(square_avg: Any, grad_avg: Any, zero: Any) -> Any:
+    return relatives.centered_root
+
+
 @overload(rules.transform, jit_options=JIT_OPTIONS, strict=False)
 def _transform(param: Any, grad: Any, c: Any) -> Any:
     return rules.TRANSFORMS[type(None) if _selects_nothing(c) else c.instance_class]
@@ -216,5 +228,5 @@ def _track(param: Any, average: Any, c: Any) -> Any:
 
 
 @overload(rules.vanishes, jit_options=JIT_OPTIONS, strict=False)
-def _vanishes(before: Any, after: Any, exp_avg: Any, step_size: Any) -> Any:
+def _vanishes(before: Any, after: Any, moved_by: Any, step_size: Any) -> Any:
     return rules.vanishes

@@ -19,10 +19,12 @@ from . import cuda_stored_source, grids, rules
 from .cuda import STEP_ACROSS, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
 from .translation import Function, translate
 from .tree import CHUNK, LANES
-from .units import COLUMNS
+from .units import columns_of
 
 OPTIONS = ("--std=c++20",)
 """For NVRTC, which knows C++20 from CUDA 12 on."""
+
+COLUMNS = columns_of(rules.Adam)
 
 _TYPES = {
     "float32": (
@@ -47,11 +49,11 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False) -
     ``UNIT_STEPS``, or of ``UNIT_ENTRIES``; of other than plain storage only that which is asked for.
     """
     parts = [_TYPES[types.dtype.name], _read("step.cu")]
-    if units or not types.n_states:
+    if units or types.rule is type(None):
         parts += [_sizes(), _read("tree.cu")]
     if types.stored is not None:
         parts += [cuda_stored_source.hash_constants(), _read("formats.cu")]
-    if not types.n_states:
+    if types.rule is type(None):
         parts.append(f"using Grad = {cuda_stored_source.name_of(types.grads)};")
         formed = (rules.step_size, rules.lr_times_weight_decay, rules.clip_factor)
         schedule = [translate(function, {}) for function in formed]

@@ -16,9 +16,10 @@ from .cuda_decide import fold, sum_all
 from .grids import BLOCK
 from .storage import load
 from .tree import LANES
-from .units import COLUMNS
+from .units import columns_of
 
 _WARPS = BLOCK // LANES
+COLUMNS = columns_of(rules.Adam)
 _WIDTH = len(COLUMNS)
 _DECAY, _STEP_SIZE, _INVERSE = (
     COLUMNS.index(name) for name in ("decay", "step_size", "inv_bias_correction2")

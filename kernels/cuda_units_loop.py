@@ -20,9 +20,10 @@ from .cuda_stored_loop import make_stored_piece
 from .grids import BLOCK, PACK
 from .storage import load, store
 from .tree import LANES
-from .units import COLUMNS
+from .units import columns_of
 
 _WARPS = BLOCK // LANES
+COLUMNS = columns_of(rules.Adam)
 _WIDTH = len(COLUMNS)
 
 # --- Coefficients -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from . import rules
 from .chunks import fold, widen
@@ -43,10 +43,24 @@ These rows are not on the stack: LLVM 22 fills arrays of it by aligned vectors, 
 _INDEX, _COUNT, _BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
 
 
+def moved_by(grad: Any, state: Any) -> Any:
+    """Return what is 0 where there is no update: the first state, or the gradient where there is none."""
+    return state[0] if len(state) else grad
+
+
+@overload(moved_by, strict=False)
+def _compiled_moved_by(grad: Any, state: Any) -> Any:
+    return (lambda grad, state: state[0]) if len(state) else (lambda grad, state: grad)  # noqa: ARG005
+
+
 def _step_lane(param: Any, grad: Any, state: Any, c: Any) -> Any:
     """Step one element; return with it 1 if its update vanished, and 0 if not."""
     after, state_after = rules.update(param, grad, state, rules.Update(*c))
-    return after, state_after, np.int32(rules.vanishes(param, after, state_after[0], c[3].step_size))
+    return (
+        after,
+        state_after,
+        np.int32(rules.vanishes(param, after, moved_by(grad, state_after), c[3].step_size)),
+    )
 
 
 class _Emitter:

@@ -34,6 +34,9 @@ Transformed: TypeAlias = tuple[Scalar, Scalar]
 Advanced: TypeAlias = tuple[Scalar, tuple[Scalar, ...]]
 """``(param, state)``."""
 
+Rule: TypeAlias = Any
+"""Coefficients of a rule, a NamedTuple; the first is what an update is a multiple of."""
+
 
 # --- Coefficients that change from step to step, in float64 -------------------------------------------------
 
@@ -230,9 +233,9 @@ def exponential_average(param: Scalar, average: Scalar, c: Average) -> Scalar:
 # --- What became of it --------------------------------------------------------------------------------------
 
 
-def vanishes(before: Scalar, after: Scalar, exp_avg: Scalar, step_size: Scalar) -> bool:
+def vanishes(before: Scalar, after: Scalar, moved_by: Scalar, step_size: Scalar) -> bool:
     """Whether there is an update, but so small a one that it rounds to nothing."""
-    return after == before if exp_avg != 0 and step_size != 0 else False
+    return after == before if moved_by != 0 and step_size != 0 else False
 
 
 # --- One element --------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ TRANSFORMS: dict[type, Callable[..., Transformed]] = {
 """Coefficients type -> conditioning, direction or decay."""
 
 RULES: dict[type, Callable[..., Advanced]] = {Adam: adam, AMSGrad: amsgrad}
-"""Coefficients type -> rule."""
+"""Coefficients type -> rule. :mod:`fastadam.kernels.relatives` adds its own, and users theirs."""
 
 AVERAGES: dict[type, Callable[..., Scalar]] = {type(None): untracked, Average: exponential_average}
 """Coefficients type -> average."""
@@ -268,7 +271,7 @@ class Update(NamedTuple):
     conditioning: Clipping | Conditioning | None
     direction: Maximize | None
     decay: L2Decay | DecoupledDecay | None
-    rule: Adam | AMSGrad
+    rule: Rule
     average: Average | None
 
 
@@ -279,7 +282,7 @@ def transform(
     return TRANSFORMS[type(c)](param, grad, c)
 
 
-def advance(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Adam | AMSGrad) -> Advanced:
+def advance(param: Scalar, grad: Scalar, state: tuple[Scalar, ...], c: Rule) -> Advanced:
     """Apply the rule that the type of ``c`` selects."""
     return RULES[type(c)](param, grad, state, c)
 

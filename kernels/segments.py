@@ -19,7 +19,7 @@ from . import rules, threads
 from .compiling import JIT_OPTIONS, each_form, jit
 from .cpu import PARALLEL_FROM, step_element
 from .rows import part_of_row
-from .units import COLUMNS, Units, each_share
+from .units import Units, each_share
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,7 +28,7 @@ class Table(NamedTuple):
     """What is stepped, and with what."""
 
     units: Units
-    coefficients: Array  # shape (rows, len(COLUMNS)), C-contiguous, of the dtype of the parameters
+    coefficients: Array  # shape (rows, 1 + those of the rule), C-contiguous, of the dtype of the parameters
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -187,5 +187,5 @@ def _call_with_nothing(
     loop: Any, params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Any
 ) -> None:
     units, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients = np.empty((0, len(COLUMNS)), c.rule.eps.dtype)
+    coefficients = np.empty((0, 1 + len(c.rule)), c.rule[0].dtype)
     loop(params, grads, tuple(state[:0] for state in states), units, first, coefficients, *c, clear)

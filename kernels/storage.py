@@ -54,6 +54,8 @@ def _load(arrays: Any, i: Any) -> Callable[..., Any]:
         if arrays.dtype in formats.DECODERS:
             return lambda arrays, i: formats.decoded(arrays[i])
         return lambda arrays, i: arrays[i]
+    if len(arrays) == 0:
+        return lambda arrays, i: ()  # noqa: ARG005
     if len(arrays) == 1:
         return lambda arrays, i: (load(arrays[0], i),)
     return lambda arrays, i: (load(arrays[0], i), *load(arrays[1:], i))
@@ -62,7 +64,7 @@ def _load(arrays: Any, i: Any) -> Callable[..., Any]:
 @overload(store, jit_options=_OPTIONS, strict=False)
 def _store(arrays: Any, i: Any, values: Any, random: Any = None) -> Callable[..., None]:
     nearest = random is None or isinstance(random, (types.NoneType, types.Omitted))
-    if isinstance(arrays, types.NoneType):
+    if isinstance(arrays, types.NoneType) or (isinstance(arrays, types.BaseTuple) and len(arrays) == 0):
         return lambda arrays, i, values, random=None: None  # noqa: ARG005
     if isinstance(arrays, _MEMORY):
         return _store_in(arrays.dtype, nearest=nearest)

@@ -27,7 +27,7 @@ from .groups import BLOCK, KEPT, Cuts
 from .rounding import Rounding, Storage
 from .rows import part_of_row
 from .storage import at_element, load, load_param, store, store_param
-from .units import COLUMNS, Integers, each_share
+from .units import Integers, each_share
 from .views import checks_of, set_scales, views_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -82,13 +82,21 @@ def _keep_elements(states: Any, views: Any, checks: Any, size: int, draws: Any) 
         draws = draws_after(draws)
 
 
-@inlined
 def _is_usual(rule: Any) -> Any:
     """Return whether both averages move from their old values, not from the new ones.
 
-    Where compilers know it, they need no branch for it in each element (:func:`rules.moving_average`).
+    Where compilers know it, they need no branch for it in each element (:func:`rules.moving_average`). Of a
+    rule without these averages it is True.
     """
     return rule.one_minus_beta1 < rule.beta1 and rule.one_minus_beta2 < rule.beta2
+
+
+@overload(_is_usual, jit_options=INLINED, strict=False)
+def _compiled_is_usual(rule: Any) -> Callable[..., Any]:
+    fields = set(rule.fields)
+    if {"beta1", "one_minus_beta1", "beta2", "one_minus_beta2"} <= fields:
+        return _is_usual
+    return lambda rule: True  # noqa: ARG005
 
 
 @inlined
@@ -451,5 +459,5 @@ def _call_with_nothing(
     storage: Storage,
 ) -> None:
     pieces, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients = np.empty((0, len(COLUMNS)), c.rule.eps.dtype)
+    coefficients = np.empty((0, 1 + len(c.rule)), c.rule[0].dtype)
     loop(params, grads, states, pieces, first, first, coefficients, *c, clear, *storage)

@@ -33,7 +33,7 @@ from .storage import load, load_param
 from .stored import spans, step_group
 from .telemetry import fold
 from .tree import CHUNK
-from .units import COLUMNS, Integers, Units
+from .units import Integers, Units
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -106,13 +106,23 @@ def _compiled_moment(exp_avg: Any, i: Any) -> Callable[..., Any]:
     return _moment
 
 
+def _first_of(memory: Any) -> Any:
+    """Return where stands what is 0 where there is no update."""
+    return memory[2][0] if len(memory[2]) else memory[1]
+
+
+@overload(_first_of, jit_options=JIT_OPTIONS, strict=False)
+def _compiled_first_of(memory: Any) -> Callable[..., Any]:
+    return (lambda memory: memory[2][0]) if len(memory[2]) else (lambda memory: memory[1])
+
+
 @called
 def _vanished(memory: Any, start: int, before: Any, after: Any, step_size: Any) -> int:
-    exp_avg = moved(memory, start)[2][0]
+    moment = _first_of(moved(memory, start))
     vanished = 0
     for j in range(before.size):
         i: Any = np.uint64(j)
-        vanished += rules.vanishes(before[i], after[i], _moment(exp_avg, i), step_size)
+        vanished += rules.vanishes(before[i], after[i], _moment(moment, i), step_size)
     return vanished
 
 
@@ -318,7 +328,7 @@ def _call_with_nothing(
 ) -> None:
     first, pairs, pieces = np.zeros(1, np.int64), np.empty((0, 2), np.int64), np.empty((0, 3), np.int64)
     places = Tables(pieces, pairs, pairs, first, pairs, pieces, first)
-    coefficients, scratch = np.empty((0, len(COLUMNS)), c.rule.eps.dtype), np.empty(0)
+    coefficients, scratch = np.empty((0, 1 + len(c.rule)), c.rule[0].dtype), np.empty(0)
     kept, rows = np.empty(0, np.float32), np.empty((0, 2, CHUNK), np.float32)
     arrays = (params, grads, states, places, first, first, coefficients, kept, rows, scratch)
     loop(*arrays, *c, clear, *storage)

@@ -27,7 +27,7 @@ from .run_chunks import RunChunks
 from .segment_norms import sum_of_runs
 from .segments import Table
 from .tree import LANES
-from .units import COLUMNS, Integers
+from .units import Integers
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -274,6 +274,6 @@ def _call_with_nothing(
     loop: Any, params: Array, grads: Array, states: tuple[Array, ...], c: rules.Update, clear: Any
 ) -> None:
     pieces, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients, values = np.empty((0, len(COLUMNS)), params.dtype), np.empty((0, WORK))
+    coefficients, values = np.empty((0, 1 + len(c.rule)), params.dtype), np.empty((0, WORK))
     loop(params, grads, states, pieces, first, first, coefficients, values, values.ravel(), *c, clear)
     fold(values.ravel(), first)

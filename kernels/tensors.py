@@ -20,7 +20,7 @@ from .compiling import jit
 from .cpu import PARALLEL_FROM
 from .distinct import memory_at
 from .stored import step_run_of_row
-from .units import ALIGNMENT, COLUMNS, Units, each_share
+from .units import ALIGNMENT, Units, each_share
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,7 +38,7 @@ class Tensors(NamedTuple):
     states: tuple[Array, ...]
     units: Units  # one for each buffer that has elements; its row is that of its places
     places: Array  # int64, shape (buffers, STATES + states + copy), C-contiguous
-    coefficients: Array  # shape (rows, len(COLUMNS)), C-contiguous, of the dtype of the arithmetic
+    coefficients: Array  # shape (rows, 1 + those of the rule), C-contiguous, of the dtype of the arithmetic
     out: Array | None = None  # of no elements: the dtype of copies of the parameters, written to the nearest
 
 
@@ -113,5 +113,5 @@ def prepare(tensors: Tensors, c: rules.Update) -> None:
     """Compile, or load from the disk cache, the loop for these arguments; write nothing."""
     loop = parallel if tensors.units.total >= PARALLEL_FROM and threads.numba_is_safe() else serial
     nothing, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients = np.empty((0, len(COLUMNS)), tensors.coefficients.dtype)
+    coefficients = np.empty((0, 1 + len(c.rule)), tensors.coefficients.dtype)
     loop(*tensors[:3], tensors.out, nothing, first, tensors.places, coefficients, *c[:4])

@@ -17,12 +17,15 @@ from . import rules
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
-COLUMNS = ("decay", *rules.Adam._fields)
-"""The coefficients of a row: eight, so that a row of float32 is 32 bytes. All others are one for all units.
 
-The first is the coefficient of the weight decay, NaN where there is none: a decay of 0 is one, and changes
--0, inf and NaN.
-"""
+def columns_of(rule: type) -> tuple[str, ...]:
+    """Return the names of the coefficients of a row; all others of an update are one for all units.
+
+    The first is that of the weight decay, NaN where there is none: a decay of 0 is one, and changes -0, inf
+    and NaN. Of Adam there are eight, so that a row of float32 is 32 bytes.
+    """
+    return ("decay", *rule._fields)  # type: ignore[attr-defined]
+
 
 ALIGNMENT = 16
 """Units are cut at multiples of this many elements: no two threads write to one cache line, and packed access
@@ -47,12 +50,12 @@ def row_of(c: rules.Update) -> tuple[Any, ...]:
 class RowTables(NamedTuple):
     """What the coefficients of all rows are formed from where steps are counted, in GPU memory."""
 
-    coefficients: np.ndarray[
-        Any, np.dtype[Any]
-    ]  # shape (rows, len(COLUMNS)): those that never change are right
-    places: Integers  # shape (rows, 5): the source of the learning rate, (first, count) of both corrections
+    coefficients: np.ndarray[Any, np.dtype[Any]]  # shape (rows, columns): those that never change are right
+    sources: Integers  # shape (rows,): where the learning rate comes from
     weight_decays: Numbers  # shape (rows,); NaN for none
-    corrections: Numbers  # tables of bias corrections of first moments, and of the inverses of the second's
+    # Of each column that is formed: its place, whether it is the learning rate over a number of a table,
+    # tables of the steps 1, 2, ... (None where it never stays), and the table of each row.
+    formed: list[tuple[int, bool, list[Numbers | None], Integers]]
     decoupled: bool  # whether decays follow the learning rates
 
 

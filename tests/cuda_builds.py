@@ -26,7 +26,9 @@ from cuda.bindings import nvrtc
 from numba import cuda
 from numba.cuda import dispatcher
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import cubins, cuda_numba, cuda_source
 from fastadam.kernels.cuda import CLOCK_ENTRIES, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
 
@@ -64,7 +66,7 @@ class Build(NamedTuple):
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        return Hyperparameters(**(VARIANTS | BARE)[self.variant])
+        return AdamHyperparameters(**(VARIANTS | BARE)[self.variant])
 
     @property
     def types(self) -> KernelTypes:

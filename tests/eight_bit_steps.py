@@ -9,7 +9,8 @@ import numpy as np
 from segment_steps import slices
 
 from fastadam import eight_bit, precision
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.rounding import rounding
 
 BLOCK = 128
@@ -125,7 +126,7 @@ class literal_blocks:  # noqa: N801
     """An optimizer with moments of which some are in 8 bits."""
 
     def __init__(self, params, segments=(), **options):
-        self.h = h = Hyperparameters(**options)
+        self.h = h = AdamHyperparameters(**options)
         self.kinds = dict(zip(h.state, precision.of_states(h.state, h.state_dtype), strict=True))
         self.parts = slices(segments, params.size)
         self.dtype, self.size, self.step_number = params.dtype, params.size, 0

@@ -10,7 +10,8 @@ from cuda_builds import Build, ptx_of
 from ptx import Memory, Program
 
 from fastadam import bias_correction
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import grids
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.kernels.cuda_clock import Clock

@@ -9,7 +9,8 @@ import numpy as np
 from oracles import FLAGS, PHASES, initial_states, interpret
 from phase_oracles import literal_phase
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import rules
 
 EPS = 0.03
@@ -31,7 +32,7 @@ def agrees_with_the_paper(update=rules.update, coefficients=Coefficients) -> boo
     rng = np.random.default_rng(0)
     # Both branches of the moving average.
     for flags, betas in itertools.product(FLAGS + CONDITIONED, [(0.9, 0.999), (0.3, 0.4)]):
-        h = Hyperparameters(**{"lr": 0.1, "betas": betas, "eps": EPS, **flags})
+        h = AdamHyperparameters(**{"lr": 0.1, "betas": betas, "eps": EPS, **flags})
         params = rng.standard_normal(4)
         phase = literal_phase(params, **{"lr": 0.1, "betas": betas, "eps": EPS, **flags})
         states = initial_states(h, params)

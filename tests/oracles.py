@@ -11,7 +11,8 @@ from unittest import mock
 
 import numpy as np
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
 
 WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}

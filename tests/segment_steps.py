@@ -9,7 +9,8 @@ from tolerances import assert_same_bits
 from trees import array_tree
 
 from fastadam import FusedAdam, schedules
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu, norms
 
 N = 60
@@ -79,7 +80,7 @@ def one_pass(params, gradients, segments, scales=None, **hyperparameters):
 
 def separate(params, gradients, segments, scales=None, **hyperparameters):
     """Return parameters, gradients after the steps, and the state, of the plain loop on each slice."""
-    names = Hyperparameters(**hyperparameters).state
+    names = AdamHyperparameters(**hyperparameters).state
     params, left = params.copy(), [grads.copy() for grads in gradients]
     states = {name: np.zeros_like(params) for name in names}
     if "param_ema" in names:
@@ -90,7 +91,7 @@ def separate(params, gradients, segments, scales=None, **hyperparameters):
         for start, stop, overrides in parts:
             if overrides is None:
                 continue
-            c = Coefficients(Hyperparameters(**{**hyperparameters, **overrides}), params.dtype)
+            c = Coefficients(AdamHyperparameters(**{**hyperparameters, **overrides}), params.dtype)
             update = c.update(number, grad_scale=scale, clip_factor=c.clip_factor(whole))
             state = tuple(array[start:stop] for array in states.values())
             cpu.plan(params[start:stop], grads[start:stop], state, update, c.clear)()

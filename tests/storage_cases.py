@@ -7,7 +7,7 @@ import numpy as np
 from oracles import interpret
 from phase_cases import DECAYS, pairwise
 
-from fastadam.hyperparameters import Hyperparameters
+from fastadam.adam import AdamHyperparameters
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -57,7 +57,7 @@ class literal_storage:  # noqa: N801
     """Decode, step in float32, encode to the nearest; a master is a float32 that stays as it is."""
 
     def __init__(self, params, **options):
-        self.h = Hyperparameters(**options)
+        self.h = AdamHyperparameters(**options)
         first, second = (
             (self.h.state_dtype,) * 2 if isinstance(self.h.state_dtype, str) else options["state_dtype"]
         )

@@ -9,7 +9,7 @@ from oracles import FLAGS, flags_id, interpret, interpret_steps
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam
-from fastadam.hyperparameters import Hyperparameters
+from fastadam.adam import AdamHyperparameters
 from fastadam.kernels import cpu, threads
 
 DTYPES = ["float32", "float64"]
@@ -50,7 +50,7 @@ def test_loop_has_the_bits_of_the_rule(rng, flags, dtype):
     for size in SIZES:
         params, gradients = problem(rng, size, dtype)
         assert_same(
-            run(params, gradients, flags), interpret_steps(Hyperparameters(**flags), params, gradients)
+            run(params, gradients, flags), interpret_steps(AdamHyperparameters(**flags), params, gradients)
         )
 
 
@@ -61,19 +61,23 @@ def test_loop_has_the_bits_of_the_rule(rng, flags, dtype):
 def test_bits_for_other_betas(rng, dtype, betas):
     flags = {"betas": betas, "lr": 0.3, "eps": 0.1}
     params, gradients = problem(rng, 100, dtype, steps=5)
-    assert_same(run(params, gradients, flags), interpret_steps(Hyperparameters(**flags), params, gradients))
+    assert_same(
+        run(params, gradients, flags), interpret_steps(AdamHyperparameters(**flags), params, gradients)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[-1]], ids=flags_id)
 def test_parallel_loop_has_the_bits_of_the_rule(rng, flags, dtype):
     params, gradients = problem(rng, LARGE, dtype, steps=1)
-    assert_same(run(params, gradients, flags), interpret_steps(Hyperparameters(**flags), params, gradients))
+    assert_same(
+        run(params, gradients, flags), interpret_steps(AdamHyperparameters(**flags), params, gradients)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_at_a_late_step(rng, dtype):
-    h = Hyperparameters()
+    h = AdamHyperparameters()
     params, (grads,) = problem(rng, 100, dtype, steps=1)
     opt = FusedAdam()
     states = (rng.standard_normal(100).astype(dtype), rng.random(100).astype(dtype))
@@ -93,7 +97,9 @@ def test_special_values(flags, dtype):
     values = np.array([sign * value for value in values for sign in (1, -1)]).astype(dtype)
     params, grads = (a.ravel() for a in np.meshgrid(values, values))
     gradients = [grads, np.roll(grads, 1), grads]
-    assert_same(run(params, gradients, flags), interpret_steps(Hyperparameters(**flags), params, gradients))
+    assert_same(
+        run(params, gradients, flags), interpret_steps(AdamHyperparameters(**flags), params, gradients)
+    )
 
 
 @pytest.mark.parametrize("size", [LARGE, 5 * threads.MIN_PIECE + 11])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from oracles import FLAGS, PHASES, flags_id
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import compiling, cpu
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +25,7 @@ SUFFIX = {"float32": "ps", "float64": "pd"}
 def compiled(dtype, flags, *, parallel):
     """Assembly of a fresh, uncached compilation: on a cache hit there is none to inspect."""
     options = {**compiling.JIT_OPTIONS, "nogil": True, "parallel": parallel}
-    h = Hyperparameters(**flags)
+    h = AdamHyperparameters(**flags)
     c = Coefficients(h, np.dtype(dtype))
     loop, _, arguments = cpu._loops(c.update(1), c.clear)
     make = cpu._make_plain if loop is cpu.serial else cpu._make_whole

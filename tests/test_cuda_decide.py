@@ -12,7 +12,8 @@ import pytest
 from tolerances import assert_same_bits
 
 from fastadam import bias_correction
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import norms, rules
 from fastadam.kernels.tree import CHUNK
 
@@ -42,7 +43,7 @@ sys.stdout.buffer.write(pickle.dumps(jobs))
 
 
 def job(rng, dtype, size, *, looks=True, clips=1, skips=1, spoilt=None, scale_bytes=0):
-    h = Hyperparameters(lr=LR, max_grad_norm=MAX_NORM, weight_decay=0.1, decoupled_weight_decay=True)
+    h = AdamHyperparameters(lr=LR, max_grad_norm=MAX_NORM, weight_decay=0.1, decoupled_weight_decay=True)
     c = Coefficients(h, np.dtype(dtype))
     names = c.scaled_types.coefficients
     grads = (10.0 ** rng.uniform(-3, 3, size) * rng.standard_normal(size)).astype(dtype)

@@ -17,7 +17,8 @@ import pytest
 from oracles import FLAGS, PHASES, flags_id, interpret
 from tolerances import assert_same_bits
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import grids
 
 pytest.importorskip("numba_cuda", reason="the simulator is numba-cuda's")
@@ -118,7 +119,7 @@ def types_of(h, dtype, scales):
 
 
 def eager_jobs(rng, flags, dtype):
-    h = Hyperparameters(**flags)
+    h = AdamHyperparameters(**flags)
     kind = types_of(h, dtype, scales(flags))
     for size in SIZES:
         params, gradients = problem(rng, dtype, size, steps=2)
@@ -136,7 +137,7 @@ def eager_jobs(rng, flags, dtype):
 
 def captured_job(rng, flags, dtype, more):
     """A job whose steps read their coefficients from memory, count, and skip where a flag is set."""
-    by_step = [Hyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS]
+    by_step = [AdamHyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS]
     size = 9
     params, gradients = problem(rng, dtype, size, len(SKIPS))
     taken = 0
@@ -213,7 +214,7 @@ def test_bits_of_the_rule(simulated, flags, dtype):
     for before, after in results:
         size = before["params"].size
         if size not in expected:
-            h = Hyperparameters(**flags)
+            h = AdamHyperparameters(**flags)
             expected[size] = expect(before, [h] * 2, **scales(flags))
         assert_same(after, expected[size])
 
@@ -224,7 +225,7 @@ def test_captured_steps_have_the_bits_of_eager_ones(simulated, flags, dtype):
     for (before, after), more in zip(
         simulated["captured", flags_id(flags), dtype], ({}, OTHER_ENDS), strict=True
     ):
-        by_step = [Hyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS[:-1]]
+        by_step = [AdamHyperparameters(**{**flags, **more, "lr": lr}) for lr in LRS[:-1]]
         assert after["step"].tolist() == [len(by_step)]
         takes = [grads for grads, skip in zip(before["gradients"], SKIPS, strict=True) if not skip]
         params, _, states = expect({**before, "gradients": takes}, by_step, **scales(flags))

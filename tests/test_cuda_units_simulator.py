@@ -15,7 +15,8 @@ from tolerances import assert_same_bits
 from trees import array_tree
 
 from fastadam import Segment
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels.run_chunks import RunChunks
 from fastadam.rows import Rows
 from fastadam.segments import Segments
@@ -58,7 +59,7 @@ sys.stdout.buffer.write(pickle.dumps(jobs))
 
 def job(rng, flags, dtype, skip):
     """One step by each kernel: form its rows, take it observed and not, and what surrounds that."""
-    h, segments = Hyperparameters(lr=0.1, **flags), Segments(SEGMENTS)
+    h, segments = AdamHyperparameters(lr=0.1, **flags), Segments(SEGMENTS)
     c = Coefficients(h, np.dtype(dtype))
     rows, units = Rows(segments, h, c), segments.units(SIZE)
     tables, chunks = rows.tables(), RunChunks(units)

@@ -14,7 +14,8 @@ import pytest
 from oracles import interpret
 
 from fastadam import FusedAdam
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu, threads
 
 MIB = 2**20
@@ -79,7 +80,7 @@ def test_more_than_2_to_the_31_elements(rng, how, monkeypatch):
     for array, values in zip(arrays, before, strict=True):
         array[-tail:] = values
 
-    h = Hyperparameters()
+    h = AdamHyperparameters()
     c = Coefficients(h, params.dtype)
     if how == "serial":
         monkeypatch.setattr(cpu, "PARALLEL_FROM", n + 1)

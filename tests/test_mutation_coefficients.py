@@ -16,7 +16,8 @@ from mutation import CONDITIONED, EPS, Mutator, agrees_with_the_paper
 from oracles import FLAGS
 
 from fastadam import hyperparameters
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import rules
 
 
@@ -28,7 +29,7 @@ def keeps_its_word(coefficients) -> bool:
     """
     dtypes = np.dtype(np.float32), np.dtype(np.float64)
     for flags, dtype in itertools.product([*CONDITIONED, *FLAGS, {"decoupled_weight_decay": True}], dtypes):
-        h = Hyperparameters(**{"lr": 0.1, "eps": EPS, **flags})
+        h = AdamHyperparameters(**{"lr": 0.1, "eps": EPS, **flags})
         c = coefficients(h, dtype)
         conditions = h.max_grad_norm is not None or h.max_grad_value is not None
         for scale in (None, 2.0):
@@ -75,11 +76,11 @@ def decides(coefficients) -> bool:
     """Whether steps are plain, and look at the gradients first, where they must, and only there."""
     for flags in FLAGS:
         for added in ({}, *ADDED):
-            h = Hyperparameters(**flags, **added)
+            h = AdamHyperparameters(**flags, **added)
             if coefficients(h, np.dtype(np.float32)).is_plain is not (not added):
                 return False
     for skip, norm in itertools.product((False, True), (None, 1.0)):
-        h = Hyperparameters(skip_nonfinite=skip, max_grad_norm=norm)
+        h = AdamHyperparameters(skip_nonfinite=skip, max_grad_norm=norm)
         c = coefficients(h, np.dtype(np.float32))
         if (c.skips, c.reads_gradients_first) != (skip, skip or norm is not None):
             return False

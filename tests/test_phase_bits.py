@@ -10,7 +10,8 @@ from phase_cases import CASES, case_id, options, problem
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu, norms, threads
 
 DTYPES = ["float32", "float64"]
@@ -42,7 +43,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_loop_has_the_bits_of_the_rule(rng, case):
     """Given the norm, which is tested by itself."""
-    h = Hyperparameters(**options(case))
+    h = AdamHyperparameters(**options(case))
     for size in SIZES:
         if case["skip_nonfinite"] and not size:
             continue
@@ -84,7 +85,7 @@ def special_values(dtype):
 @pytest.mark.parametrize("flags", PHASES, ids=flags_id)
 @pytest.mark.parametrize("scale", [None, 3.0, 1e-30])
 def test_special_values(flags, dtype, scale):
-    h = Hyperparameters(**flags)
+    h = AdamHyperparameters(**flags)
     params, grads = special_values(dtype)
     gradients = [grads, np.roll(grads, 1), grads]
     found = run(params, gradients, grad_scale=scale, **flags)

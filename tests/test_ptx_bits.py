@@ -12,7 +12,7 @@ from oracles import interpret
 from ptx import Memory, Program
 from tolerances import assert_same_bits
 
-from fastadam.hyperparameters import Coefficients
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import grids
 from fastadam.kernels.cuda import Look
 

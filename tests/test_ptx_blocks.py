@@ -16,7 +16,8 @@ from tolerances import assert_same_bits
 from unit_steps import parts
 
 from fastadam import FusedAdam, Segment
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels.device_storage import StoredTypes
 
 N = 300
@@ -276,7 +277,7 @@ each_storage = pytest.mark.parametrize("storage", STORED)
 
 def types_of(storage):
     stored, flags = STORED[storage]
-    return Coefficients(Hyperparameters(**flags), F32).scaled_types._replace(stored=stored)
+    return Coefficients(AdamHyperparameters(**flags), F32).scaled_types._replace(stored=stored)
 
 
 HARMLESS = r"""(add|sub|mul|div|sqrt|rcp)\.rn\.f32

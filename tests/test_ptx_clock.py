@@ -9,7 +9,7 @@ from host_gpu import HostGpu, make_clock, program
 from ptx import Program
 from tolerances import assert_same_bits
 
-from fastadam.hyperparameters import Coefficients
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import norms, rules
 from fastadam.kernels.cuda import Look
 from fastadam.kernels.tree import CHUNK

@@ -15,7 +15,8 @@ from tolerances import assert_same_bits
 from unit_steps import parts
 
 from fastadam import FusedAdam
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels.device_storage import StoredTypes
 
 N = 75
@@ -149,7 +150,7 @@ def test_wrong_instructions_of_telemetry_are_seen(monkeypatch, rng, backend, rig
 def test_codes_are_not_read_as_numbers(backend, entry, kind):
     """Two bytes for each element."""
     grads = np.dtype({"float16": "u2", "bfloat16": "i2"}[kind])
-    types = Coefficients(Hyperparameters(), np.dtype("f4")).types.without_rule(np.dtype("f4"), grads)
+    types = Coefficients(AdamHyperparameters(), np.dtype("f4")).types.without_rule(np.dtype("f4"), grads)
     ops = count(ptx_of(backend, entry, types))
     access = "st" if entry == "clear_units" else "ld"
     assert sum(n for op, n in ops.items() if re.fullmatch(rf"{access}\.global\.[usb]16", op)) > 0
@@ -185,7 +186,7 @@ each_step = pytest.mark.parametrize("entry", STEPS)
 
 def types_of(storage):
     stored, flags = STORED[storage]
-    return Coefficients(Hyperparameters(**flags), F32).scaled_types._replace(stored=stored)
+    return Coefficients(AdamHyperparameters(**flags), F32).scaled_types._replace(stored=stored)
 
 
 HARMLESS = r"""(add|sub|mul|div|sqrt)\.rn\.f32

@@ -10,7 +10,7 @@ from ptx import Program
 from tolerances import assert_same_bits
 
 from fastadam import FusedAdam, Segment, clocks
-from fastadam.hyperparameters import Coefficients
+from fastadam.coefficients import Coefficients
 from fastadam.kernels.cuda import Look
 from fastadam.last_step import LastStep
 from fastadam.segments import Segments

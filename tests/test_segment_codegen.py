@@ -9,7 +9,8 @@ import numba
 import numpy as np
 import pytest
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import compiling, cpu, segments
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +33,7 @@ def instructions(make_loop, *arguments, parallel):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_loop(dtype, decay, parallel):
-    h = Hyperparameters(weight_decay=decay, decoupled_weight_decay=True)
+    h = AdamHyperparameters(weight_decay=decay, decoupled_weight_decay=True)
     c = Coefficients(h, np.dtype(dtype)).update(1)
     empty = np.empty(0, dtype)
     buffers = (empty, empty, (empty, empty))

@@ -9,7 +9,8 @@ import numba
 import numpy as np
 import pytest
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import compiling, stored
 from fastadam.kernels.rounding import Storage
 from fastadam.kernels.units import COLUMNS
@@ -40,7 +41,7 @@ def assembly(params, grads, states, master, out, flags, *, parallel=False, neare
     """Of a fresh, uncached compilation: on a cache hit there is none to inspect."""
     options = {**compiling.JIT_OPTIONS, "nogil": True, "parallel": parallel}
     dispatcher = numba.njit(stored._make_loop("for inspection"), **options)
-    c = Coefficients(Hyperparameters(**flags), np.dtype(F32))
+    c = Coefficients(AdamHyperparameters(**flags), np.dtype(F32))
     params, grads, *states = (np.empty(0, dtype) for dtype in (params, grads, *states))
     more = [None if dtype is None else np.empty(0, dtype) for dtype in (master, out)]
     is_blocked = any(state.itemsize == 1 for state in states)

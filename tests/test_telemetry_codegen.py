@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from segment_steps import FEATURES
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import chunks, compiling, observed, telemetry
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +23,7 @@ SUFFIX = {"float32": "ps", "float64": "pd"}
 
 def assembly(dtype, features, *, parallel=False):
     """Of a fresh, uncached compilation: on a cache hit there is none to inspect."""
-    h = Hyperparameters(**features)
+    h = AdamHyperparameters(**features)
     c = Coefficients(h, np.dtype(dtype))
     options = {**compiling.JIT_OPTIONS, "nogil": True, "parallel": parallel}
     dispatcher = numba.njit(telemetry._make_loop("for inspection"), **options)
@@ -68,7 +69,7 @@ def rows_alone():
     def step_rows(params, grads, states, work, c):
         return observed.step_rows(params, grads, states, work, 0, 2, c)
 
-    c = Coefficients(Hyperparameters(), np.dtype(np.float32)).update(1)
+    c = Coefficients(AdamHyperparameters(), np.dtype(np.float32)).update(1)
     row = np.ones(64, np.float32)
     dispatcher = numba.njit(step_rows, **compiling.JIT_OPTIONS)
     dispatcher(row, row.copy(), (row.copy(), row.copy()), np.zeros(observed.WORK), tuple(c))

@@ -9,7 +9,8 @@ from oracles import PAIRS_OF_FLAGS, flags_id, interpret
 from phase_cases import pairwise
 from tolerances import assert_same_bits
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu, tensors, threads
 from fastadam.kernels.units import COLUMNS
 
@@ -90,7 +91,7 @@ def assert_same(actual, expected):
 def test_every_equation(rng, flags):
     buffers = Buffers(rng, SIZES, amsgrad=flags["amsgrad"])
     for step in (1, 2):
-        rows = [(Hyperparameters(**flags), step)]
+        rows = [(AdamHyperparameters(**flags), step)]
         expected = separate(buffers, rows)
         buffers.step(rows)
         assert_same(buffers.arrays, expected)
@@ -103,7 +104,7 @@ STORAGES = [*([NARROW[i] for i in case] for case in pairwise([NARROW] * 4)), ["f
 @pytest.mark.parametrize("kinds", STORAGES, ids="-".join)
 def test_every_storage(rng, kinds):
     buffers = Buffers(rng, [0, 1, 17, 131], kinds, align=3)
-    h = Hyperparameters(lr=0.01, weight_decay=0.1)
+    h = AdamHyperparameters(lr=0.01, weight_decay=0.1)
     for step in (1, 2):
         expected = separate(buffers, [(h, step)])
         buffers.step([(h, step)])
@@ -115,9 +116,9 @@ def test_rows_of_their_own_and_a_scale(rng, decoupled):
     """Learning rates, betas, decays or none, and counts of steps."""
     buffers = Buffers(rng, SIZES, align=1)
     rows = [
-        (Hyperparameters(lr=0.1, weight_decay=0.1, decoupled_weight_decay=decoupled), 1),
-        (Hyperparameters(lr=0.2, betas=(0.5, 0.6), decoupled_weight_decay=decoupled), 7),
-        (Hyperparameters(eps=1e-3, betas=(0.0, 0.9), decoupled_weight_decay=decoupled), 3),
+        (AdamHyperparameters(lr=0.1, weight_decay=0.1, decoupled_weight_decay=decoupled), 1),
+        (AdamHyperparameters(lr=0.2, betas=(0.5, 0.6), decoupled_weight_decay=decoupled), 7),
+        (AdamHyperparameters(eps=1e-3, betas=(0.0, 0.9), decoupled_weight_decay=decoupled), 3),
     ]
     expected = separate(buffers, rows, 1024.0)
     buffers.step(rows, 1024.0)
@@ -135,7 +136,7 @@ def test_any_number_of_threads(rng, way, all_threads, monkeypatch):
         monkeypatch.setattr(threads, "count", lambda: 7)
     else:
         numba.set_num_threads({"one thread": 1, "two threads": min(2, all_threads)}.get(way, all_threads))
-    buffers, h = Buffers(rng, LARGE, align=1), Hyperparameters(weight_decay=0.1)
+    buffers, h = Buffers(rng, LARGE, align=1), AdamHyperparameters(weight_decay=0.1)
     expected = buffers.copies()
     for step in (1, 2):
         buffers.step([(h, step)])
@@ -146,8 +147,8 @@ def test_any_number_of_threads(rng, way, all_threads, monkeypatch):
 
 
 def test_no_buffers(rng):
-    Buffers(rng, []).step([(Hyperparameters(), 1)])
-    Buffers(rng, [0, 0]).step([(Hyperparameters(), 1)])
+    Buffers(rng, []).step([(AdamHyperparameters(), 1)])
+    Buffers(rng, [0, 0]).step([(AdamHyperparameters(), 1)])
 
 
 def test_buffers_begin_at_cache_lines_of_the_virtual_one():

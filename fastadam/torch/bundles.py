@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastadam.coefficients import divisor
 from fastadam.formats import math_of
-from fastadam.hyperparameters import divisor
 from fastadam.kernels import rules, tensors, threads
 from fastadam.kernels.tensors import FIRST, GRADS, PARAMS, ROW, STATES
-from fastadam.kernels.units import COLUMNS, row_of
+from fastadam.kernels.units import row_of
 from fastadam.torch.options import Options
 from fastadam.torch.tensors import elements, in_order_of, lies_like, like
 
@@ -152,14 +152,13 @@ class Bundle:
             once, rows = np.unique(both, axis=0, return_inverse=True)
             pairs = [tuple(pair) for pair in once.tolist()]
             self._places[:, ROW] = rows.reshape(-1)
-        table = np.empty((len(pairs), len(COLUMNS)), self._dtype)
-        decay, update = None, None
-        for row, (group, step) in enumerate(pairs):
+        rows_of_step, decay, update = [], None, None
+        for group, step in pairs:
             update = options[group].coefficients(self._dtype).update(step, scale)
-            table[row] = row_of(update)
+            rows_of_step.append(row_of(update))
             decay = decay or update.decay
         assert update is not None
-        return table, update._replace(decay=decay)
+        return np.array(rows_of_step, self._dtype), update._replace(decay=decay)
 
     def plan(
         self,

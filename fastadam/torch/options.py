@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastadam.adam import AdamHyperparameters
 from fastadam.checks import at_least_zero, real
-from fastadam.hyperparameters import Coefficients, Floating, Hyperparameters
+from fastadam.coefficients import Coefficients
+from fastadam.hyperparameters import Floating, Hyperparameters
 
 FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 """Options that decide for which equation a loop is compiled."""
@@ -63,7 +65,7 @@ def require_valid(options: Mapping[str, Any]) -> None:
 
 def hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
     """Return the hyperparameters of a group, but its learning rate: a scheduler may give a negative one."""
-    return Hyperparameters(
+    return AdamHyperparameters(
         lr=0.0,
         betas=_betas(options["betas"]),
         eps=number("eps", options["eps"]),
