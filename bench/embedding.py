@@ -36,8 +36,9 @@ app = typer.Typer(add_completion=False)
 
 def require_first_step(name: str, before: Array, after: Array, grads: Array) -> None:
     """Raise WrongUpdateError unless a first step is Adam's: lr times the sign of the gradient."""
-    expected = before - LR * grads / (np.abs(grads) + 1e-8)
-    if not np.allclose(np.asarray(after), expected, rtol=0, atol=2e-6):
+    large = np.abs(grads) > 1e-2  # where it does not matter how eps is added
+    off = np.abs(np.asarray(after) - (before - LR * np.sign(grads)))[large]
+    if not (off < 2e-6).all():
         raise WrongUpdateError(f"{name} must take Adam's first step; it does not.")
 
 
