@@ -129,6 +129,20 @@ def _torch_optimizer(result: Result) -> str:
     return f"{times}\n{tables.table(['time of fastadam over', 'at most', 'measured', ''], promised)}"
 
 
+def _embedding(result: Result) -> str:
+    rows = [
+        [
+            row["place"],
+            f"{row['size']:,}",
+            row["label"],
+            format_time(row["seconds"]),
+            "" if row["peer"] == "fastadam" else tables.quartiles(row["fastadam_over_peer"], 3),
+        ]
+        for row in result["rows"]
+    ]
+    return tables.table(["in", "elements", "step", "time", "time of fastadam over it"], rows)
+
+
 def _training(result: Result) -> str:
     parts = []
     for network in dict.fromkeys(row["network"] for row in result["rows"]):
@@ -150,6 +164,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "memory": _memory,
     "training": _training,
     "torch_optimizer": _torch_optimizer,
+    "embedding": _embedding,
     **gpu_report.RENDERERS,
 }
 

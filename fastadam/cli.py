@@ -1,4 +1,4 @@
-"""The command line: ``fastadam info``, ``fastadam demo`` and ``fastadam bench``.
+"""The command line: ``fastadam info``, ``fastadam demo``, ``fastadam race`` and ``fastadam bench``.
 
 The interface only: it reads options, shows progress and prints. What takes long to import is imported by the
 command that needs it.
@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastadam import __version__, devices
 from fastadam.demo import Epoch, Settings
+from fastadam.race.optimizers import OPTIMIZERS, Entrant
+from fastadam.race.problem import Problem
+from fastadam.race.problems import PROBLEMS
+from fastadam.race.results import Run
+from fastadam.race.settings import Settings as RaceSettings
+from fastadam.race.settings import Tune
 
 app = typer.Typer(
     help="Compiled-kernel Adam: one fused pass over any flat buffer, the same bits everywhere.",
@@ -28,6 +35,7 @@ app = typer.Typer(
 )
 
 _DEMO = Settings()
+_RACE = RaceSettings()
 
 
 class DeviceName(StrEnum):
@@ -131,6 +139,70 @@ def demo(
     summary.add_row("speed", f"{result.steps_per_second:,.0f} steps per second")
     console.print(summary)
     typer.echo(f"plot            {output}")  # not rich: it would wrap a long path
+
+
+@app.command()
+def race(
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PROBLEMS)}; may be repeated.", show_default="all"),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(OPTIMIZERS)}; may be repeated.", show_default="all"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of a run.", show_default="what each problem recommends")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Starts, noises and batches, from --seed on.")] = _RACE.seeds,
+    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = _RACE.seed,
+    tune: Annotated[
+        Tune, typer.Option(help="Learning rates of each optimizer; none takes its default.")
+    ] = _RACE.tune,
+    trials: Annotated[int, typer.Option(help="How many learning rates of each.")] = _RACE.trials,
+    output: Annotated[Path, typer.Option(help="Where report, pictures and numbers go: a folder.")] = Path(
+        "fastadam-race"
+    ),
+) -> None:
+    """Compare the relatives of Adam, and L-BFGS, on small problems: tables, pictures, a report."""
+    with _told(ImportError, exit_code=1):
+        from fastadam.race import output as files
+        from fastadam.race import racing, tables
+
+        with _told(ValueError, exit_code=2):
+            chosen = tuple(problem or _RACE.problems), tuple(optimizer or _RACE.optimizers)
+            settings = RaceSettings(*chosen, steps, seeds, seed, tune, trials)
+            files.require_output(output)
+        settings.require_packages()
+
+    console = Console(highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        runs = progress.add_task("runs", total=racing.count(settings))
+        drawing = progress.add_task("pictures", total=len(settings.problems), start=False)
+
+        def show(where: Problem, who: Entrant, _: Run) -> None:
+            progress.update(runs, advance=1, description=f"{where.name}: {who.name}")
+
+        result = racing.race(settings, on_run=show)
+        progress.update(runs, description="runs")
+        progress.start_task(drawing)
+        files.write(result, output, on_problem=lambda _: progress.advance(drawing))
+
+    for standing in result.standings:
+        title = tables.caption(standing)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        shown = [k for k in range(len(tables.COLUMNS)) if k != tables.RANGE]  # 80 characters have no room
+        rows = [[row[k] for k in shown] for row in tables.rows(standing)]
+        for k, cells in zip(shown, zip(*rows, strict=True), strict=True):
+            table.add_column(
+                tables.COLUMNS[k], justify="right" if k else "left", min_width=max(map(len, cells))
+            )
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(tables.NOTE)
+    typer.echo(f"report          {output / files.REPORT}")  # not rich: it would wrap a long path
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -66,10 +67,12 @@ def test_version():
 @pytest.mark.parametrize("arguments", [["--help"], []], ids=["help", "nothing"])
 def test_help_names_the_commands(arguments):
     output = invoke(*arguments).output
-    assert all(re.search(rf" {name} ", output) for name in ("info", "demo", "bench", "--version", "--help"))
+    assert all(
+        re.search(rf" {name} ", output) for name in ("info", "demo", "race", "bench", "--version", "--help")
+    )
 
 
-LIBRARIES = ["llvmlite", "matplotlib", "numba", "rich", "sklearn", "torch", "typer"]
+LIBRARIES = ["llvmlite", "matplotlib", "numba", "rich", "scipy.optimize", "sklearn", "torch", "typer"]
 
 
 def loaded(code):
@@ -374,6 +377,109 @@ def test_demo_without_matplotlib(monkeypatch):
     monkeypatch.delattr(fastadam, "demo_plot", raising=False)
     result = invoke("demo")
     message = 'ImportError: the plot of the demo needs matplotlib. pip install "fastadam[demo]"\n'
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+
+
+# --- race ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def needs_race(needs_demo):
+    pytest.importorskip("scipy")
+
+
+FEW = ["--problem", "reddi", "--problem", "saddle", "--optimizer", "adam", "--optimizer", "lbfgs"]
+FEW += ["--steps", 30, "--seeds", 2, "--trials", 3]
+
+
+@pytest.mark.usefixtures("needs_race")
+def test_race_as_a_process(tmp_path):
+    shown = []
+    for name in ("first", "second"):
+        process = run("-m", "fastadam", "race", *FEW, "--output", name, cwd=tmp_path, COLUMNS="80")
+        assert (process.returncode, process.stderr) == (0, "")
+        assert re.search(r"^runs +\S+ 16/16 ", process.stdout, re.MULTILINE)
+        assert re.search(r"^pictures +\S+ 2/2 ", process.stdout, re.MULTILINE)
+        assert max(map(len, process.stdout.splitlines())) <= 80
+        assert process.stdout.endswith(f"report          {name}{os.sep}race.html\n")
+        assert (tmp_path / name / "race.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+        assert (tmp_path / name / "saddle-paths.png").read_bytes().startswith(b"\x89PNG")
+        text = process.stdout.partition("A saddle: 30 steps, target 0.0001")[2].replace(name, "")
+        shown.append(re.sub(r" *[\d.]+ us", " - us", text))
+    # But for times, and the place of a column that they may move, the same seed shows the same.
+    first, second = (re.sub(r"[ ─]+", " ", text) for text in shown)
+    assert first == second
+    assert re.search(r"^ lbfgs - .* 0 of 2 ?$", first, re.MULTILINE)
+    assert re.search(r"^ adam 0\.\d+ .* - us 0 of 6 ?$", first, re.MULTILINE)
+    assert "Reddi's counterexample: 30 steps, target 0.01" in first
+
+
+@pytest.mark.usefixtures("needs_race")
+def test_race_passes_its_options_on(tmp_path, monkeypatch):
+    from fastadam.race import racing
+    from fastadam.race.settings import Settings, Tune
+
+    seen = []
+    race = racing.race
+    monkeypatch.setattr(
+        racing, "race", lambda settings, **others: seen.append(settings) or race(settings, **others)
+    )
+    path = tmp_path / "a folder"
+    options = ("--problem", "noisy", "--optimizer", "adam", "--steps", 10, "--seeds", 1, "--seed", 4)
+    result = invoke("race", *options, "--tune", "random", "--trials", 2, "--output", path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert seen == [Settings(("noisy",), ("adam",), 10, 1, 4, Tune.RANDOM, 2)]
+    assert json.loads((path / "race.json").read_text(encoding="utf-8"))["arguments"]["seed"] == 4
+
+
+@pytest.mark.usefixtures("needs_race")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", 0, "steps must be at least 1; got 0."),
+        ("--seeds", 0, "seeds must be at least 1; got 0."),
+        ("--trials", 0, "trials must be at least 1; got 0."),
+        ("--seed", -1, "seed must be in [0, 2**32 - seeds]; got -1 with 3 seeds."),
+        ("--output", "no/folder", "output must be in a folder that exists; got no/folder."),
+    ],
+)
+def test_race_refuses_before_it_runs(monkeypatch, tmp_path, option, value, message):
+    from fastadam.race import racing
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(racing, "race", None)
+    result = invoke("race", option, value)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.replace(os.sep, "/") == f"ValueError: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("needs_race")
+@pytest.mark.parametrize("option", ["--problem", "--optimizer"])
+def test_race_names_what_it_knows(option):
+    result = invoke("race", option, "x")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"ValueError: {option[2:]} must be one of \w.*, all; got x\.\n", result.stderr)
+
+
+@pytest.mark.usefixtures("needs_race")
+def test_race_without_scipy(monkeypatch, tmp_path):
+    from fastadam.race import settings
+
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name == "scipy" else name)
+    result = invoke("race", "--output", tmp_path / "race")
+    message = 'ImportError: optimizer lbfgs needs SciPy. pip install "fastadam[race]"\n'
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_race_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("output", "pictures", "drawing", "report"):
+        monkeypatch.delitem(sys.modules, f"fastadam.race.{name}", raising=False)
+        monkeypatch.delattr(f"fastadam.race.{name}", raising=False)
+    result = invoke("race")
+    message = 'ImportError: the pictures of the race need matplotlib. pip install "fastadam[race]"\n'
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
 
 

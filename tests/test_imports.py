@@ -15,6 +15,7 @@ from fastadam import kernels
 SOURCES = {
     **{path.stem: path for path in Path(fastadam.__file__).parent.glob("*.py")},
     **{f"kernels.{path.stem}": path for path in Path(kernels.__file__).parent.glob("*.py")},
+    **{f"race.{path.stem}": path for path in Path(fastadam.__file__).parent.glob("race/*.py")},
     **{f"torch.{path.stem}": path for path in Path(fastadam.__file__).parent.glob("torch/*.py")},
 }
 
@@ -112,7 +113,16 @@ FLOORS = [
     {"torch.__init__"},
     {"demo_model", "devices", "machine"},
     {"benchmark", "demo"},
-    {"demo_plot"},
+    {"demo_plot", "race.problem"},
+    {"race.learning", "race.online", "race.optimizers", "race.surfaces"},
+    {"race.problems"},
+    {"race.settings"},
+    {"race.results"},
+    {"race.record", "race.runs", "race.tables", "race.tuning"},
+    {"race.drawing", "race.lbfgs"},
+    {"race.pictures", "race.racing"},
+    {"race.__init__", "race.report"},
+    {"race.output"},
     {"cli"},
     {"__main__"},
 ]
@@ -135,7 +145,7 @@ def imports(source, module):
 
 def as_module(name):
     """The key of SOURCES for an absolute name, or None."""
-    if name in {"fastadam", "fastadam.kernels", "fastadam.torch"}:
+    if name in {"fastadam", "fastadam.kernels", "fastadam.race", "fastadam.torch"}:
         name += ".__init__"
     key = name.removeprefix("fastadam.")
     return key if name.startswith("fastadam.") and key in SOURCES else None
@@ -164,6 +174,7 @@ def test_the_package_has_every_file_of_the_tree():
     installed_in = Path(fastadam.__file__).parent
     for place, folder in (
         (installed_in, root / "fastadam"),
+        (installed_in / "race", root / "fastadam" / "race"),
         (installed_in / "torch", root / "fastadam" / "torch"),
         (Path(kernels.__file__).parent, root / "kernels"),
     ):
@@ -198,6 +209,7 @@ def test_modules_import_only_downward():
         ("state", "from fastadam import optimizer"),
         ("optimizer", "from fastadam.torch import FusedAdam"),
         ("torch.tensors", "from fastadam.torch.plans import Plan"),
+        ("race.problem", "from fastadam.race import race"),
     ],
 )
 def test_the_floor_check_bites(module, line):
