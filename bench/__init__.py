@@ -14,6 +14,7 @@ From the root of the repository, with ``pip install -e ".[bench]"``:
 - ``python -m bench.gpu_compare``: a step on a GPU beside peers, a copy and the roofline;
 - ``python -m bench.gpu_phase``: clip by norm, step, average and clear on a GPU, beside PyTorch's calls;
 - ``python -m bench.gpu_launch``: a step on a GPU by launch, which sets the constants of ``kernels/grids.py``;
+- ``python -m bench.gpu_torch``: ``fastadam.torch`` on a GPU beside PyTorch's Adam, on lists of tensors;
 - ``python -m bench.report``: the tables of the README, from ``bench/results``;
 - ``pytest bench``: a pytest-benchmark suite, to compare two versions of fastadam, with a GPU on that too.
 

@@ -22,6 +22,8 @@ _WIDE_FROM = 2**20
 _MANY = 0.1
 """The share of calls from which the host may be in a time."""
 
+_WAITED = "- \\*: the device waited for the host, whose time is in this one\n"
+
 _PHASE_REFERENCES = {
     "whole phase": (("two_passes", "two passes"), ("torch", "torch")),
     "norm alone": (("one_read", "one read"), ("torch", "torch")),
@@ -89,7 +91,7 @@ def _absent(result: Result) -> str:
     lines += [f"{format_size(size)}: out of time" for size in result["sizes_left_out"]]
     text = "".join(f"- not measured: {line}\n" for line in lines)
     waited = any(row["late_share"] > _MANY for row in result["rows"])
-    return text + ("- \\*: the device waited for the host, whose time is in this one\n" if waited else "")
+    return text + (_WAITED if waited else "")
 
 
 def _device(rows: list[dict[str, Any]], heading: str, speeds: str, references: tuple[str, ...]) -> list[str]:
@@ -142,7 +144,31 @@ def launch(result: Result) -> str:
     return tables.table(["step", "waves", "time", f"speed over {result['chosen']}"], rows)
 
 
-RENDERERS: dict[str, Callable[[Result], str]] = {"gpu": gpu, "gpu_phase": phase, "gpu_launch": launch}
+def torch(result: Result) -> str:
+    """Return the times of lists of tensors, those of the device and of the host."""
+    rows = (
+        [
+            row["model"],
+            row["label"],
+            _time(row),
+            f"{row['gb_per_second']:.0f}",
+            tables.quartiles(row["fastadam_over_peer"], 2),
+            format_time(row["host_seconds"]),
+            tables.quartiles(row["host_fastadam_over_peer"], 2),
+        ]
+        for row in result["rows"]
+    )
+    headings = ["tensors", "", "device", "GB/s", "fastadam's / this", "host", "fastadam's / this"]
+    waited = any(row["late_share"] > _MANY for row in result["rows"])
+    return tables.table(headings, rows) + (f"\n{_WAITED}" if waited else "")
+
+
+RENDERERS: dict[str, Callable[[Result], str]] = {
+    "gpu": gpu,
+    "gpu_phase": phase,
+    "gpu_launch": launch,
+    "gpu_torch": torch,
+}
 
 
 def main(paths: list[str]) -> None:

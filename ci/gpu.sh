@@ -81,7 +81,7 @@ if [ "$dry_run" = 1 ]; then
   if grep -qE '[0-9]+ passed' "$work/stage.txt"; then failed=1; fi
   stage "GPU benchmarks skip" 60 "${pytest_quiet[@]}" --import-mode=importlib bench/test_gpu_step.py
   if [ "$code" != 0 ] || ! grep -qE '[0-9]+ skipped' "$work/stage.txt"; then failed=1; fi
-  for program in gpu_compare gpu_phase gpu_launch; do
+  for program in gpu_compare gpu_phase gpu_launch gpu_torch; do
     says='"$0" -m bench.$1 && exit 1; [ $? = 2 ]' # as where there is nothing to measure
     stage "bench.$program skips" 60 bash -c "$says" "$python" "$program"
     if [ "$code" != 0 ] || ! grep -q '^nothing to measure: ' "$work/stage.txt"; then failed=1; fi
@@ -106,10 +106,11 @@ tests_line=$(tail -n 1 "$work/stage.txt")
 
 stage "GPU comparison" 150 "$python" -m bench.gpu_compare --budget-seconds 110 --output "$out"
 stage "GPU phase" 85 "$python" -m bench.gpu_phase --budget-seconds 55 --output "$out"
+stage "GPU tensors" 45 "$python" -m bench.gpu_torch --output "$out"
 stage "GPU launches" 45 "$python" -m bench.gpu_launch --output "$out"
 FASTADAM_GPU_SIZES="${FASTADAM_GPU_SIZES:-1Ki 1Mi 64Mi}" stage "GPU pytest-benchmark" 60 \
   "${pytest_quiet[@]}" --import-mode=importlib bench/test_gpu_step.py \
-  --benchmark-json="$out/gpu-pytest-benchmark.json"
+  --benchmark-json="$work/gpu-pytest-benchmark.json" # the sizes of the comparison again: its table is in the log
 
 # The CPU of the same machine. Other libraries would take the GPU: hide it.
 export CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu

@@ -20,7 +20,7 @@ import marshal
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numba
@@ -87,10 +87,17 @@ def digest() -> str:
         for value in vars(module).values():
             function = getattr(value, "__wrapped__", value)  # an intrinsic's
             if isinstance(function, FunctionType):
-                sha.update(marshal.dumps(function.__code__, 2))  # from 3 on it depends on refcounts
+                # From version 3 on it depends on refcounts.
+                sha.update(marshal.dumps(_placeless(function.__code__), 2))
             elif isinstance(value, (int, float)):  # a constant that loops are compiled with
                 sha.update(str(value).encode())
     return sha.hexdigest()
+
+
+def _placeless(code: CodeType) -> CodeType:
+    """Return code without the name of its file: a cache that is moved with the package still holds."""
+    inner = tuple(_placeless(value) if isinstance(value, CodeType) else value for value in code.co_consts)
+    return code.replace(co_filename="", co_consts=inner)
 
 
 class _TolerantCache(FunctionCache):  # type: ignore[misc]

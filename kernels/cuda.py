@@ -109,6 +109,9 @@ UNIT_STEPS = ("step_units", "step_units_observed")
 STEP_ACROSS = "step_across"
 """What steps blocks of moments of which two chunks have elements, before ``step_units_observed`` runs."""
 
+STEP_TENSORS = "step_tensors"
+"""The step of many buffers that lie anywhere."""
+
 UNIT_ENTRIES = ("measure_units", "sum_groups", "form_rows", "conclude", "clear_units")
 """What surrounds them, and knows no rule."""
 

@@ -7,7 +7,8 @@ itself: a captured CUDA graph replays both. ``measure`` is the pass over all gra
 
 Where there are units, a step is ``step_units``, or ``step_units_observed``, which has sums of what it sees;
 what surrounds it is in ``kernels/rows.cu``. A step of other storage than the dtype of the arithmetic is in
-``kernels/stored.cu``, and begins with what :mod:`fastadam.kernels.cuda_stored_source` writes.
+``kernels/stored.cu``, and begins with what :mod:`fastadam.kernels.cuda_stored_source` writes. A step of many
+buffers, ``step_tensors``, is in ``kernels/tensors.cu``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from . import cuda_stored_source, grids, rules
-from .cuda import STEP_ACROSS, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
+from .cuda import STEP_ACROSS, STEP_TENSORS, UNIT_ENTRIES, UNIT_STEPS, KernelTypes
 from .translation import Function, translate
 from .tree import CHUNK, LANES
 from .units import columns_of
@@ -36,17 +37,20 @@ _TYPES = {
 
 def source_of(entry: str, types: KernelTypes) -> str:
     """Return the source that has a kernel."""
+    if entry == STEP_TENSORS:
+        return source(types, tensors=True)
     is_observed = entry in {"step_units_observed", STEP_ACROSS}
     units = is_observed or entry in UNIT_STEPS + UNIT_ENTRIES
     return source(types, units=units, observed=is_observed and types.stored is not None)
 
 
 @cache
-def source(types: KernelTypes, *, units: bool = False, observed: bool = False) -> str:
+def source(types: KernelTypes, *, units: bool = False, observed: bool = False, tensors: bool = False) -> str:
     """Return the source of the kernels for some types, of float32 or float64.
 
     With states it has ``step`` and ``step_captured``; with none, the others. With ``units`` it has those of
-    ``UNIT_STEPS``, or of ``UNIT_ENTRIES``; of other than plain storage only that which is asked for.
+    ``UNIT_STEPS``, or of ``UNIT_ENTRIES``; of other than plain storage only that which is asked for. With
+    ``tensors`` it has that of ``STEP_TENSORS``.
     """
     parts = [_TYPES[types.dtype.name], _read("step.cu")]
     if units or types.rule is type(None):
@@ -78,6 +82,9 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False) -
         parts += [*map(_read, in_blocks), cuda_stored_source.arrays(types), _read("stored.cu")]
         parts += [_read("blocks.cu")] if in_blocks else []
         parts += [_read("blocks_observed.cu")] if in_blocks and observed else []
+    if tensors:
+        parts += [f"enum {{ COLUMNS = {len(COLUMNS)} }};", _read("tensors.cu")]
+        return "\n\n".join([*parts, _tensor_step(types)])
     return "\n\n".join([*parts, _unit_steps(types, observed=observed) if units else _steps(types)])
 
 
@@ -138,8 +145,8 @@ def _kernel(resident: int) -> str:
 _LOOP = """const auto update_element = [&](Real param, Real grad, auto state) {{
         return update(param, grad, state, c);
     }};
-    step_elements(params, grads, states, size, head, packs, {skip}, update_element);"""
-_STORED_LOOP = "step_stored(arrays, size, head, packs, {skip}, rounding, c);"
+    step_elements(params, grads, states, size, head, packs, {skip}, update_element{by});"""
+_STORED_LOOP = "step_stored(arrays, size, head, packs, {skip}, rounding, c{by});"
 _BLOCK_LOOP = "step_in_blocks(arrays, scales, size, head, packs, {skip}, rounding, c);"
 _DECIDED = "const Real* coefficients, long long* step, const long long* skip"
 
@@ -155,7 +162,7 @@ def _steps(types: KernelTypes) -> str:
         return f"""{{
     {_states(types)}{keys}
     const Update c{{{", ".join(_braced(types, coefficients))}}};
-    {loop.format(skip=skip)}{last}
+    {loop.format(skip=skip, by="")}{last}
 }}"""
 
     passed = ", ".join(f"Real {value}" for value in values)
@@ -171,18 +178,58 @@ step_captured({_buffers(types)}{captured.parameters}, {layout}, {_DECIDED})
 """
 
 
-def _unit_steps(types: KernelTypes, *, observed: bool) -> str:
+def _of_row(types: KernelTypes, values: list[str]) -> tuple[str, str]:
+    """Return what an update is of which the decay and the rule come from a row, and what reads one."""
     kinds, decays = _kinds(types), types.decay is not type(None)
     if decays:
         kinds[2] = f"Perhaps<{kinds[2]}>"
-    parts = _braced(types, [f"coefficients[{k}]" for k in range(len(types.coefficients))])
+    parts = _braced(types, values)
     parts[2] = "{{row[0]}, row[0] == row[0]}" if decays else "{}"
     parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, len(COLUMNS)))}}}"
-    keys = cuda_stored_source.keys(types)[1]
     coefficients = f"""[&](long long at) {{
         const Real* const row = rows + COLUMNS * at;
         return Update{{{", ".join(parts)}}};
     }}"""
+    return _update(kinds), coefficients
+
+
+def _tensor_step(types: KernelTypes) -> str:
+    n, plain = types.n_states, types.stored is None
+    passed = [f"c{k}" for k in range(len(getattr(types.conditioning, "_fields", ())))]
+    update, coefficients = _of_row(types, passed + [""] * (len(types.coefficients) - len(passed)))
+    parameters = "".join(f", Real {value}" for value in passed)
+    kinds = ["Param", "Grad", *(f"State{k}" for k in range(n))]
+    if plain:
+        kinds = ["Real", "const Real", *["Real"] * n]
+    names = ["params", "grads", *(f"state{k}" for k in range(n))]
+    columns = ["PARAMS_AT", "GRADS_AT", *(f"STATES_AT + {k}" for k in range(n))]
+    views = "\n        ".join(
+        f"{kind}* const {name} = element<{kind}>(place[{column}], start);"
+        for kind, name, column in zip(kinds, names, columns, strict=True)
+    )
+    loop = (_LOOP if plain else _STORED_LOOP).format(skip="false", by=", of_block()")
+    rounding = "" if plain else cuda_stored_source.keys(types)[0].rounding
+    return f"""
+{update}
+
+{_kernel(_resident(types) - grids.FEWER_CAPTURED)}
+{STEP_TENSORS}(const Piece* pieces, long long count, const long long* places, const Real* rows{parameters}) {{
+    const auto coefficients = {coefficients};
+    each_piece(pieces, count, [&](long long buffer, long long start, long long length) {{
+        const long long* const place = places + (STATES_AT + {n}) * buffer;
+        start -= place[FIRST];
+        {views}
+        {_states(types)}
+        const auto [size, head, packs] = layout_of(length, {", ".join(names)});
+        const auto c = coefficients(place[ROW]);{rounding}
+        {loop}
+    }});
+}}"""
+
+
+def _unit_steps(types: KernelTypes, *, observed: bool) -> str:
+    update, coefficients = _of_row(types, [f"coefficients[{k}]" for k in range(len(types.coefficients))])
+    keys = cuda_stored_source.keys(types)[1]
 
     def kernel(name: str, fewer: int, tables: str, call: str, *, sums: bool = False) -> str:
         more = ", Sums* sums, long long apart" if sums else ""
@@ -217,7 +264,7 @@ def _unit_steps(types: KernelTypes, *, observed: bool) -> str:
                     sums=True,
                 ),
             ]
-        return "\n".join([_update(kinds), *kernels])
+        return "\n".join([update, *kernels])
     tables = "const long long* pieces, const long long* first_piece, long long chunks"
     clears = "false" if types.clear is type(None) else "true"
     grad = "const Real" if types.clear is type(None) else "Real"
@@ -228,4 +275,4 @@ def _unit_steps(types: KernelTypes, *, observed: bool) -> str:
     plain = kernel(*captured, tables, f"{call}, Unobserved{{{{}}}})")
     looking = kernel(*watched, tables, f"{call}, {seen})", sums=True)
     kernels = [plain, looking] if types.stored is None else [looking if observed else plain]
-    return "\n".join([_update(kinds), *kernels])
+    return "\n".join([update, *kernels])

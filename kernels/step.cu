@@ -130,6 +130,18 @@ template <class A, class B, class C> DEVICE auto join(Tuple<A, B, C> moments, Re
     return tuple(moments._0, moments._1, moments._2, average);
 }
 
+// --- A decay that some rows of coefficients have, and others not ----------------------------------------------
+
+template <class Decay> struct Perhaps {
+    Decay decay;
+    bool is_there;
+};
+
+template <class Decay> DEVICE auto transform(Real param, Real grad, Perhaps<Decay> c) {
+    const auto decayed = transform(param, grad, c.decay);
+    return tuple(c.is_there ? decayed._0 : param, c.is_there ? decayed._1 : grad);
+}
+
 // --- The loop ------------------------------------------------------------------------------------------------
 
 constexpr int LANES = 16 / sizeof(Scalar);
@@ -141,15 +153,24 @@ struct alignas(16) Pack {
     Real lane[LANES];
 };
 
+// Which one a thread is of those that share a buffer.
+struct Threads {
+    long long mine, count;
+};
+DEVICE Threads of_grid() {
+    const long long block = blockIdx.x, blocks = gridDim.x;
+    return {block * blockDim.x + threadIdx.x, blocks * blockDim.x};
+}
+DEVICE Threads of_block() { return {threadIdx.x, blockDim.x}; }
+
 // Updates [head, head + packs * LANES) in packs, and the elements before and after one by one. Where the buffers
 // are not aligned to 16 bytes together, packs is 0. Any number of threads makes the same bits: no element knows
 // of another. Gradients that are not const are set to zero, also where the step is skipped.
 template <int STATES, class Grad, class Update>
 DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATES], long long size,
-                          long long head, long long packs, bool skip, Update update_element) {
+                          long long head, long long packs, bool skip, Update update_element, Threads by = of_grid()) {
     constexpr bool CLEAR = IsMutable<Grad>::value;
-    const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+    const auto [thread, threads] = by;
 
     if (skip) {
         if constexpr (CLEAR) for (long long i = thread; i < size; i += threads) grads[i] = Real{};

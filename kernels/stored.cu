@@ -133,9 +133,8 @@ DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coef
 // As `step_elements` in kernels/step.cu.
 template <class Rounding, class Coefficients>
 DEVICE void step_stored(const Arrays& arrays, long long size, long long head, long long packs, bool skip,
-                        Rounding rounding, const Coefficients& c) {
-    const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
+                        Rounding rounding, const Coefficients& c, Threads by = of_grid()) {
+    const auto [thread, threads] = by;
 
     if (skip) {
         if constexpr (IsMutable<Grad>::value) for (long long i = thread; i < size; i += threads) clear(arrays.grads, i);

@@ -89,9 +89,16 @@ def _keep(memory: Any, start: int, size: int, kept: Any, place: int) -> None:
 
 @called
 def _recall(kept: Any, across: int, start: int, stop: int, before: Any, place: int) -> None:
-    """Copy parameters of a block that was stepped first to ``before[place:]``."""
+    """Copy parameters of a block that was stepped first to ``before[place:]``.
+
+    Not as one slice to another: the message for slices of other sizes, of which Numba makes machine code,
+    takes a process 2 s to compile.
+    """
     first = across * BLOCK + start % BLOCK
-    before[place : place + stop - start] = kept[first : first + stop - start]
+    to, source = before[place : place + stop - start], kept[first : first + stop - start]
+    for j in range(to.size):
+        i: Any = np.uint64(j)
+        to[i] = source[i]
 
 
 def _moment(exp_avg: Any, i: int) -> Any:

@@ -12,17 +12,6 @@ struct Pieces {
     long long chunks;
 };
 
-// The decay of units of which some have none.
-template <class Decay> struct Perhaps {
-    Decay decay;
-    bool is_there;
-};
-
-template <class Decay> DEVICE auto transform(Real param, Real grad, Perhaps<Decay> c) {
-    const auto decayed = transform(param, grad, c.decay);
-    return tuple(c.is_there ? decayed._0 : param, c.is_there ? decayed._1 : grad);
-}
-
 // --- What is looked at while it is in registers --------------------------------------------------------------
 
 enum { GRADS, UPDATES, PARAMS, KINDS };

@@ -107,6 +107,7 @@ EXPRESSIONS: dict[str, str] = {
     "mov.u32": "{0} & U32",
     **{f"selp.{kind}": "{0} if {2} else {1}" for kind in ("s32", "u32", "u64", "b64", "f32", "f64")},
     "cvta.to.global.u64": "{0}",
+    "cvta.global.u64": "{0}",
     "cvt.u64.u32": "{0}",
     "cvt.u32.u64": "{0} & U32",
     "cvt.s64.s32": "signed({0}, 32) & U64",

@@ -109,7 +109,7 @@ def test_accumulated_gradients(cupy, rng, name):
 
 def test_it_changes_no_bit_and_may_be_switched(cupy, rng):
     params, gradients = problem(rng, 400, "split", steps=4)
-    pair = Pair(cupy, params, "split", segments=parts(400))
+    pair = Pair(cupy, params, "split", segments=mixed(400))
     for on, grads in zip((True, False, True, False), gradients, strict=True):
         pair.device.telemetry = on
         left, sent = grads.copy(), cupy.asarray(grads)

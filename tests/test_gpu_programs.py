@@ -27,6 +27,7 @@ from bench import (
     gpu_program,
     gpu_report,
     gpu_targets,
+    gpu_torch,
     harness,
     report,
 )
@@ -188,7 +189,7 @@ def no_library(name):
 
 
 @pytest.mark.parametrize(("library", "reason"), [(no_library, "no CUDA driver"), (NoDevices, "no CUDA GPU")])
-@pytest.mark.parametrize("program", [gpu_compare, gpu_phase, gpu_launch])
+@pytest.mark.parametrize("program", [gpu_compare, gpu_phase, gpu_launch, gpu_torch])
 def test_programs_say_why_they_measure_nothing(monkeypatch, capsys, program, library, reason):
     monkeypatch.setattr(ctypes, "CDLL", library)
     assert program.main([]) == 2

@@ -27,8 +27,8 @@ def test_dry_run_finds_and_skips_everything(tmp_path):
     log = (tmp_path / "out" / "gpu-log.txt").read_text(encoding="utf-8")
     assert done.returncode == 0, log
     assert f"fastadam and its kernels come from the tree, bench from {ROOT}\n" in log
-    assert [line.split()[-2] for line in done.stdout.splitlines()[-6:]] == ["ok"] * 6
-    for program in ("gpu_compare", "gpu_phase", "gpu_launch"):
+    assert [line.split()[-2] for line in done.stdout.splitlines()[-7:]] == ["ok"] * 7
+    for program in ("gpu_compare", "gpu_phase", "gpu_launch", "gpu_torch"):
         assert f" -m bench.$1 && exit 1; [ $? = 2 ] {sys.executable} {program}\nnothing to measure: " in log
     assert len(list((tmp_path / "out").iterdir())) == 1
 
@@ -53,4 +53,4 @@ def test_dry_run_needs_only_what_a_gpu_machine_has(tmp_path):
     done = run(tmp_path, PYTHON=str(python), PYTEST_ADDOPTS="-p no:hypothesispytest")
     log = (tmp_path / "out" / "gpu-log.txt").read_text(encoding="utf-8")
     assert done.returncode == 0, log
-    assert [line.split()[-2] for line in done.stdout.splitlines()[-6:]] == ["ok"] * 6
+    assert [line.split()[-2] for line in done.stdout.splitlines()[-7:]] == ["ok"] * 7

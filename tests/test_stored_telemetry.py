@@ -86,11 +86,11 @@ def copy_for(params, name):
     return None if kind is None else np.zeros(params.size, kind)
 
 
-def written(params, gradients, name, **flags):
+def written(params, gradients, name, scales=(None, 3.0), **flags):
     """Return all that steps have written, and what the last of them told."""
     opt, params = FusedAdam(LR, **STORAGES[name][3], **flags), params.copy()
     gradients, out = [grads.copy() for grads in gradients], copy_for(params, name)
-    for grads, scale in zip(gradients, (None, 3.0), strict=True):
+    for grads, scale in zip(gradients, scales, strict=True):
         opt.step(params, grads, grad_scale=scale, out=out)
     arrays = [params, *gradients, *opt.state.arrays, *([] if out is None else [out])]
     return [np.asarray(array).astype(np.float32) for array in arrays], opt.last_step
@@ -148,8 +148,9 @@ def test_what_is_not_finite_is_counted_before_it_is_cleared(rng, name):
     opt = FusedAdam(LR, telemetry=True, segments=[Segment(0, 50, frozen=True)], **STORAGES[name][3])
     for k in (3, 60, 127, 128, 50 + CHUNK, size - 1):  # the first counts for nothing
         grads[k] = np.nan if k % 2 else np.inf
-    assert observe(opt, params, grads).nonfinite == 5
-    assert observe(opt, params, other).nonfinite == 0
+    out = copy_for(params, name)
+    assert observe(opt, params, grads, out=out).nonfinite == 5
+    assert observe(opt, params, other, out=out).nonfinite == 0
     assert np.isnan(opt.last_step.param_norm)
 
 
@@ -157,10 +158,11 @@ def test_what_is_not_finite_is_counted_before_it_is_cleared(rng, name):
 def test_a_skipped_step_tells_why(rng, name):
     params, (grads, other) = problem(rng, 300, name)
     opt = FusedAdam(LR, telemetry=True, skip_nonfinite=True, **STORAGES[name][3])
-    observe(opt, params, other)
+    out = copy_for(params, name)
+    observe(opt, params, other, out=out)
     before = params.copy()
     grads[[1, 200]] = np.nan
-    opt.step(params, grads)
+    opt.step(params, grads, out=out)
     last = opt.last_step
     assert (last.skipped, last.nonfinite, opt.state.step) == (True, 2, 1)
     assert (last.update_norm, last.param_norm, last.vanished) == (None, None, None)
@@ -176,7 +178,7 @@ def test_accumulated_gradients(rng, name, segments):
     before = exact(opt, params)
     for grads in gradients:
         opt.accumulate(grads)
-    opt.step(params)
+    opt.step(params, out=copy_for(params, name))
     exp_avg = np.asarray(opt.state.exp_avg).astype(F32)
     expected = told(before, exact(opt, params), total, exp_avg, segments, LR, 2.0)
     assert_same(fields(opt.last_step), expected)
@@ -216,21 +218,24 @@ WAYS = ["1-thread", "2-threads", "pool"]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["split", "bfloat16"])
 def test_any_threads(rng, monkeypatch, way, name):
-    """With blocks and without: loops of each kind, of which one or the other cuts its shares."""
-    size = 50_001
+    """With blocks and without: loops of each kind, of which one or the other cuts its shares.
+
+    They take long to compile: with a scale one of them, without the other.
+    """
+    size, scales = 50_001, [3.0 if name == "split" else None] * 2
     params, gradients = problem(rng, size, name)
     for segments in ([], mixed(size), [Segment(0, 100, frozen=True)]):
         with monkeypatch.context() as patch:
             for module in (telemetry, stored, stored_telemetry):
                 patch.setattr(module, "PARALLEL_FROM", 10**9)
-            expected = written(params, gradients, name, telemetry=True, segments=segments)
+            expected = written(params, gradients, name, scales, telemetry=True, segments=segments)
         with monkeypatch.context() as patch:
             for module in (telemetry, stored, stored_telemetry):
                 patch.setattr(module, "PARALLEL_FROM", 0)
             patch.setattr(threads, "numba_is_safe", lambda: way != "pool")
             patch.setattr(threads, "MIN_PIECE", 3000)
             numba.set_num_threads(min(1 if way == "1-thread" else 2, numba.config.NUMBA_NUM_THREADS))
-            found = written(params, gradients, name, telemetry=True, segments=segments)
+            found = written(params, gradients, name, scales, telemetry=True, segments=segments)
         for one, other in zip(found[0], expected[0], strict=True):
             assert_same_bits(one, other)
         assert found[1] == expected[1]

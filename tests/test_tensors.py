@@ -62,7 +62,9 @@ class Buffers:
         like = [np.empty(0, CODES.get(kind, KINDS[kind])) for kind in self.kinds]
         group = tensors.Tensors(like[0], like[1], tuple(like[2:]), self.units, places, table)
         decay = next((c.decay for c in updates if c.decay is not None), None)
-        c = updates[0]._replace(decay=decay)
+        self.take(group, updates[0]._replace(decay=decay))
+
+    def take(self, group, c):
         tensors.prepare(group, c)
         tensors.plan(group, c)()
 

@@ -26,7 +26,8 @@ ARGUMENTS = [
     (
         {"capturable": True},
         ValueError,
-        "capturable must be False; got True. Leave it out: parameters in CPU memory need no other counters.",
+        "capturable must be False; got True. Leave it out: steps are counted in CPU memory, and none is"
+        " captured.",
     ),
     (
         {"differentiable": True},
@@ -91,8 +92,8 @@ TENSORS = [
     (
         meta,
         NotImplementedError,
-        f"{LAST} must be in CPU memory; got meta. Move the model, or take torch.optim.Adam or"
-        " fastadam.torch.OffloadedAdam.",
+        f"{LAST} must be in CPU memory or on a CUDA device; got meta. Move the model, or take"
+        " torch.optim.Adam.",
     ),
     (
         gaps,

@@ -191,7 +191,10 @@ def test_arguments():
         OffloadedAdam([torch.zeros(3)], chunk=0)
     param = torch.zeros(3, device="meta", requires_grad=True)
     param.grad = torch.zeros(3, device="meta")
-    message = "param_groups[0]['params'][0] must be in CPU memory or on a CUDA device; got meta."
+    message = (
+        "param_groups[0]['params'][0] must be in CPU memory or on a CUDA device; got meta. Move the model, or"
+        " take torch.optim.Adam."
+    )
     with refuses(message, NotImplementedError):
         OffloadedAdam([param]).step()
     same = torch.zeros(8, requires_grad=True)

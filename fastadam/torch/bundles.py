@@ -27,7 +27,8 @@ _pointer = Tensor.data_ptr
 class Bundle:
     """Parameters and states in CPU memory, and the call that steps them with gradients in CPU memory.
 
-    Knows nothing of an optimizer: whoever has tensors that lie in CPU memory can step them.
+    Knows nothing of an optimizer: whoever has tensors that lie in CPU memory can step them. Those on a CUDA
+    device are a :class:`fastadam.torch.device_bundles.DeviceBundle`.
 
     Parameters
     ----------
@@ -185,11 +186,7 @@ class Bundle:
         TypeError, ValueError
             If an option or the scale is out of the range of the dtype.
         """
-        scale = divisor(grad_scale, 0, self._dtype)
-        table, update = self._rows(options, steps, None if scale == 1 else scale)
-        self._places[:, GRADS] = self._begins
-        params, of_grads, states = self._like
-        work = tensors.Tensors(params, of_grads, states, self._units, self._places, table, self._out)
+        work, update = self._work(options, steps, grad_scale)
         compiled_for = (*map(type, update), threads.numba_is_safe())
         if compiled_for != self._compiled_for:
             tensors.prepare(work, update)
@@ -201,3 +198,13 @@ class Bundle:
             grads.clear()  # copies live until they were used
 
         return call
+
+    def _work(
+        self, options: Sequence[Options], steps: Integers, grad_scale: object
+    ) -> tuple[tensors.Tensors, rules.Update]:
+        """Return what is to be stepped with the gradients that :meth:`ready` saw last, and by what."""
+        scale = divisor(grad_scale, 0, self._dtype)
+        table, update = self._rows(options, steps, None if scale == 1 else scale)
+        self._places[:, GRADS] = self._begins
+        params, of_grads, states = self._like
+        return tensors.Tensors(params, of_grads, states, self._units, self._places, table, self._out), update

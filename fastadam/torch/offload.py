@@ -130,7 +130,7 @@ class OffloadedAdam(FusedAdam):
                 place += 1
                 if grad is None:
                     continue
-                require_steppable(param, name, elsewhere=True)
+                require_steppable(param, name)
                 require_fits(grad, param, name)
                 state = self._state_of(param, names_of(group), f"state of {name}")
                 flags = tuple(group[each] for each in FLAGS)

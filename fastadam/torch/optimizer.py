@@ -19,16 +19,18 @@ _MOST_PLANS = 1000
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam, AdamW and AMSGrad for tensors in CPU memory: ``torch.optim.Adam`` in one pass over all of them.
+    """Adam, AdamW and AMSGrad for many tensors: ``torch.optim.Adam`` in one pass over all of them.
 
     The equations, options, state and state dicts are those of :class:`torch.optim.Adam`; a run goes on with
     either from what the other has saved. The bits are those of :class:`fastadam.FusedAdam` on each tensor.
+
+    Tensors on CUDA devices are stepped there, by CuPy, one launch for all of a device, dtype and equation.
 
     Parameters
     ----------
     params : iterable
         Parameters, ``(name, parameter)`` pairs or groups, as for any optimizer of PyTorch; float32, float64,
-        float16, bfloat16 or complex, in any dense memory format.
+        float16, bfloat16 or complex, in any dense memory format; in CPU memory or on CUDA devices.
     lr : float or Tensor
         Learning rate, at least 0.
     betas : pair of float
@@ -61,7 +63,8 @@ class FusedAdam(torch.optim.Optimizer):
     Notes
     -----
     Other than with PyTorch's fused Adam, a step of a ``GradScaler`` leaves the gradients scaled: they are
-    divided in the pass, and not written.
+    divided in the pass, and not written. On a CUDA device a step is queued on the current stream, and the
+    host waits only for what a ``GradScaler`` found; a state's ``"step"`` is in CPU memory.
     """
 
     _step_supports_amp_scaling = True
@@ -163,9 +166,11 @@ class FusedAdam(torch.optim.Optimizer):
         ------
         RuntimeError
             If a gradient is sparse. With ``step_in_backward``, if a ``GradScaler`` calls it or a gradient was
-            written after ``backward``.
+            written after ``backward``. On a CUDA device, in the capture of a graph.
         NotImplementedError
-            If a parameter is not in CPU memory.
+            If a parameter is neither in CPU memory nor on a CUDA device.
+        ImportError
+            If one is on a CUDA device, and CuPy is missing.
         TypeError, ValueError
             If an option is out of its range, or a tensor cannot be stepped. Nothing has changed then.
         """

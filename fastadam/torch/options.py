@@ -56,7 +56,7 @@ def require_valid(options: Mapping[str, Any]) -> None:
     at_least_zero("lr", number("lr", options["lr"]))
     hyperparameters(options)
     for name, rule in (
-        ("capturable", "parameters in CPU memory need no other counters"),
+        ("capturable", "steps are counted in CPU memory, and none is captured"),
         ("differentiable", "a step is no part of a graph"),
     ):
         if options[name]:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastadam.checks import COUNTS
 from fastadam.torch.bundles import Bundle
+from fastadam.torch.device_bundles import DeviceBundle
 from fastadam.torch.options import FLAGS, Options
+from fastadam.torch.options import number as number_of
 from fastadam.torch.tensors import goes_with, in_order_of, lies_like, require_fits, require_steppable
 
 Groups = list[dict[str, Any]]
@@ -50,7 +52,8 @@ class _Part:
         for k, state in enumerate(self.states):
             state["step"] = counters[first + k]
         columns = [[state[name] for state in self.states] for name in self.names]
-        self.bundle = Bundle(self.params, self.grad_dtype, columns, self.groups)
+        kind = Bundle if self.params[0].device.type == "cpu" else DeviceBundle
+        self.bundle = kind(self.params, self.grad_dtype, columns, self.groups)
         self._get = itemgetter("step", *self.names)
         self._known = list(chain.from_iterable(map(self._get, self.states)))
 
@@ -99,7 +102,7 @@ class Plan:
                     require_fits(grad, param, name)
                     state = _state_of(param, states.get(param) or {}, names_of(group), f"state of {name}")
                     kinds = tuple(state[each].dtype for each in names_of(group))
-                    key = (param.dtype, grad.dtype, kinds, flags)
+                    key = (param.device, param.dtype, grad.dtype, kinds, flags)
                     part = parts.setdefault(key, _Part(names_of(group), grad.dtype))
                     part.places.append(place)
                     part.groups.append(number)
@@ -107,8 +110,10 @@ class Plan:
                     part.states.append(state)
                     steps[key].append(state["step"])
                 place += 1
-        self._parts = list(parts.values())
-        counted = [step for key in parts for step in steps[key]]
+        # A device steps while the host does, which waits for itself: so it is asked first.
+        order = sorted(parts, key=lambda key: key[0].type == "cpu")
+        self._parts = [parts[key] for key in order]
+        counted = [step for key in order for step in steps[key]]
         counters = torch.tensor(counted, dtype=torch.float32)
         self._counters = counters.numpy()
         first = 0
@@ -150,6 +155,8 @@ class Plan:
         """
         for options, group in zip(self._options, groups, strict=True):
             options.look(group)
+        if isinstance(grad_scale, Tensor):  # read once: on a device, the host waits for it
+            grad_scale = number_of("grad_scale", grad_scale)
         calls = []
         for part, of_part in zip(self._parts, grads, strict=True):
             steps = self._counters[part.counters].astype(np.int64) + 1

@@ -49,22 +49,20 @@ def goes_with(tensor: Tensor, param: Tensor) -> bool:
     return math_of(DTYPES[tensor.dtype]) == math_of(DTYPES[param.dtype])
 
 
-def require_steppable(param: Tensor, name: str, *, elsewhere: bool = False) -> None:
-    """Raise unless a parameter can be stepped where it lies; ``elsewhere``, also from a CUDA device.
+def require_steppable(param: Tensor, name: str) -> None:
+    """Raise unless a parameter can be stepped where it lies.
 
     Raises
     ------
     NotImplementedError
-        If it is in other memory.
+        If it is neither in CPU memory nor on a CUDA device.
     TypeError, ValueError
         If it is of another dtype, sparse, or has gaps.
     """
-    if elsewhere and param.device.type not in {"cpu", "cuda"}:
-        raise NotImplementedError(f"{name} must be in CPU memory or on a CUDA device; got {param.device}.")
-    if not elsewhere and param.device.type != "cpu":
+    if param.device.type not in {"cpu", "cuda"}:
         raise NotImplementedError(
-            f"{name} must be in CPU memory; got {param.device}. Move the model, or take torch.optim.Adam or"
-            " fastadam.torch.OffloadedAdam."
+            f"{name} must be in CPU memory or on a CUDA device; got {param.device}. Move the model, or take"
+            " torch.optim.Adam."
         )
     if param.layout is not torch.strided:
         raise TypeError(f"{name} must be strided; got {param.layout}.")
