@@ -8,7 +8,8 @@ from oracles import PAIRS_OF_FLAGS, flags_id
 from test_tensors import SIZES, STORAGES, Buffers, assert_same, separate
 
 from fastadam import backends
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cpu, device_tensors, grids
 from fastadam.kernels.units import Units
 
@@ -30,7 +31,7 @@ class OnDevice(Buffers):
 def test_every_equation(cupy, rng, flags):
     buffers = OnDevice(rng, SIZES, amsgrad=flags["amsgrad"])
     for step in (1, 2):
-        rows = [(Hyperparameters(**flags), step)]
+        rows = [(AdamHyperparameters(**flags), step)]
         expected = separate(buffers, rows)
         buffers.step(rows)
         assert_same(buffers.arrays, expected)
@@ -42,7 +43,7 @@ def test_every_equation(cupy, rng, flags):
 def test_every_storage(cupy, rng, kinds, amsgrad):
     for align in (0, 3):
         buffers = OnDevice(rng, [0, 1, 17, 131], kinds, align=align, amsgrad=amsgrad)
-        rows = [(Hyperparameters(lr=0.01, weight_decay=0.1, amsgrad=amsgrad), 1)]
+        rows = [(AdamHyperparameters(lr=0.01, weight_decay=0.1, amsgrad=amsgrad), 1)]
         expected = separate(buffers, rows, 8.0)
         buffers.step(rows, 8.0)
         assert_same(buffers.arrays, expected)
@@ -54,9 +55,9 @@ def test_rows_of_their_own_and_a_scale(cupy, rng, decoupled, dtype):
     """Learning rates, betas, decays or none, and counts of steps."""
     buffers = OnDevice(rng, SIZES, [dtype] * 4, align=1)
     rows = [
-        (Hyperparameters(lr=0.1, weight_decay=0.1, decoupled_weight_decay=decoupled), 1),
-        (Hyperparameters(lr=0.2, betas=(0.5, 0.6), decoupled_weight_decay=decoupled), 7),
-        (Hyperparameters(eps=1e-3, betas=(0.0, 0.9), decoupled_weight_decay=decoupled), 3),
+        (AdamHyperparameters(lr=0.1, weight_decay=0.1, decoupled_weight_decay=decoupled), 1),
+        (AdamHyperparameters(lr=0.2, betas=(0.5, 0.6), decoupled_weight_decay=decoupled), 7),
+        (AdamHyperparameters(eps=1e-3, betas=(0.0, 0.9), decoupled_weight_decay=decoupled), 3),
     ]
     expected = separate(buffers, rows, 1024.0)
     buffers.step(rows, 1024.0)
@@ -68,7 +69,7 @@ def test_rows_of_their_own_and_a_scale(cupy, rng, decoupled, dtype):
 def test_more_pieces_than_one_and_any_grid(cupy, rng, blocks, align, monkeypatch):
     backend = backends.load("cupy")
     monkeypatch.setattr(backend, "resident_threads", lambda _: blocks * grids.BLOCK // grids.WAVES)
-    buffers, h = OnDevice(rng, LARGE, align=align), Hyperparameters(weight_decay=0.1)
+    buffers, h = OnDevice(rng, LARGE, align=align), AdamHyperparameters(weight_decay=0.1)
     expected = buffers.copies()
     for step in (1, 2):
         buffers.step([(h, step)])
@@ -89,15 +90,15 @@ def test_buffers_that_lie_differently(cupy, rng):
             there = apart[place[kind]].arrays[kind][k]
             there[:] = buffers.arrays[kind][k]
             buffers.arrays[kind][k] = there
-    rows = [(Hyperparameters(weight_decay=0.1), 1)]
+    rows = [(AdamHyperparameters(weight_decay=0.1), 1)]
     expected = separate(buffers, rows)
     buffers.step(rows)
     assert_same(buffers.arrays, expected)
 
 
 def test_no_buffers(cupy, rng):
-    OnDevice(rng, []).step([(Hyperparameters(), 1)])
-    OnDevice(rng, [0, 0]).step([(Hyperparameters(), 1)])
+    OnDevice(rng, []).step([(AdamHyperparameters(), 1)])
+    OnDevice(rng, [0, 0]).step([(AdamHyperparameters(), 1)])
     assert cupy.log == []
 
 

@@ -17,7 +17,8 @@ from test_cuda_codegen import arithmetic_due, is_spill
 from test_tensors import CODES, KINDS, Buffers, assert_same, separate
 from test_tensors import apart as apart_by
 
-from fastadam.hyperparameters import Coefficients, Hyperparameters
+from fastadam.adam import AdamHyperparameters
+from fastadam.coefficients import Coefficients
 from fastadam.kernels import cuda_source, device_tensors, grids
 from fastadam.kernels.cuda import STEP_TENSORS, KernelTypes
 from fastadam.kernels.device_storage import StoredTypes
@@ -69,8 +70,8 @@ def assert_runs(rng, monkeypatch, variant, kinds, programs=program):
         if apart:  # gradients begin elsewhere in a pack: no access may take one
             buffers.arrays[1] = [apart_by(grads, 1) for grads in buffers.arrays[1]]
         rows = [
-            (Hyperparameters(**{**flags, "lr": 0.1}), 1),
-            (Hyperparameters(**{**flags, "betas": (0.5, 0.6), "weight_decay": 0.0}), 5),
+            (AdamHyperparameters(**{**flags, "lr": 0.1}), 1),
+            (AdamHyperparameters(**{**flags, "betas": (0.5, 0.6), "weight_decay": 0.0}), 5),
         ]
         for scale in (None, 3.0):
             expected = separate(buffers, rows, scale)
@@ -110,7 +111,7 @@ def test_wrong_instructions_are_seen(rng, monkeypatch, right, wrong):
 
 def types_of(variant, kinds, *, scaled=False):
     """Return what the kernel of a variant is compiled for."""
-    h = Hyperparameters(**VARIANTS[variant])
+    h = AdamHyperparameters(**VARIANTS[variant])
     math = np.dtype(np.float64 if kinds[0] == "float64" else np.float32)
     c = Coefficients(h, math).update(1, 2.0 if scaled else None)
     types = KernelTypes.of(math, 2 + h.amsgrad, c, None)
