@@ -154,6 +154,18 @@ def _training(result: Result) -> str:
     return "\n".join(parts)
 
 
+def _rows(result: Result) -> str:
+    n_rows, width = result["table"]
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    cells: dict[int, list[str]] = {}
+    for row in result["rows"]:
+        ratio = 1 / row["fastadam_over"]["median"]
+        own = "" if row["name"] == "fastadam" else f" ({ratio:.2f}x)"
+        cells.setdefault(row["rows"], []).append(format_time(row["seconds"]) + own)
+    header = [f"rows of {format_size(n_rows)}, {width} float32 each", *names]
+    return tables.table(header, ([str(count), *of_count] for count, of_count in cells.items()))
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "compare": _compare,
     "phase": _phase,
@@ -162,6 +174,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "scaling": _scaling,
     "startup": _startup,
     "memory": _memory,
+    "rows": _rows,
     "training": _training,
     "torch_optimizer": _torch_optimizer,
     "embedding": _embedding,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self, SupportsIndex, TypedDict, cast
 
@@ -16,6 +16,7 @@ from fastadam import (
     device_steps,
     formats,
     precision,
+    sparse_rows,
     stored,
     streams,
 )
@@ -281,6 +282,79 @@ class FusedOptimizer(Tunables, Persistent):
         finally:
             if loops is not kernels and not loops.is_whole:
                 cast("buffers.Array", grads)[:] = 0  # what frozen segments have added up, too
+
+    def step_rows(
+        self,
+        flat_params: FlatArray,
+        rows: Sequence[int] | FlatArray,
+        grad_rows: FlatArray,
+        *,
+        grad_scale: Scalar | None = None,
+    ) -> None:
+        """Advance some rows of a table by one step, in place, and leave all others as they are: lazy steps.
+
+        Gradients of the same row are added first, in the order in which they are given; then each row is
+        stepped once. No other row is read or written: its moments do not decay, and no weight decay takes
+        from it. All rows share the number of the step, and so the bias corrections. The norm is that of the
+        sums, and ``grad_scale`` divides them. Takes the time of the rows, whatever the size of the table. A
+        call that raises has changed nothing.
+
+        In CPU memory alone, and without ``ema_decay``, ``zero_grads``, ``telemetry`` and other storage.
+
+        Parameters
+        ----------
+        flat_params : array_like
+            The parameters, r rows of d elements, read and written: an array as for :meth:`step`, float32 or
+            float64, of shape (r, d), or flat.
+        rows : array_like of int, shape (k,)
+            Which rows, each in [0, r), in any order, some more than once.
+        grad_rows : array_like, shape (k, d)
+            A gradient for each of them; read only. Of the dtype of ``flat_params``, or 16 bits beside
+            float32.
+        grad_scale
+            As for :meth:`step`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not what it must be, or the optimizer has what no step of rows does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastadam import FusedAdam
+        >>> table, opt = np.zeros((5, 2)), FusedAdam(lr=0.1)
+        >>> opt.step_rows(table, [3, 1, 3], np.ones((3, 2)))
+        >>> table.round(3).tolist()
+        [[0.0, 0.0], [-0.1, -0.1], [0.0, 0.0], [-0.1, -0.1], [0.0, 0.0]]
+        """
+        summed, h = self._accumulator.calls, self._hyperparameters
+        sparse_rows.require_possible(h, capturable=self._capturable, accumulated=summed)
+        given = sparse_rows.arguments(flat_params, rows, grad_rows, self._backend)
+        params, grads = given.params, given.grads
+        state, kernels = self._state, self._kernels
+        if kernels is None:
+            kernels, state = self._begin(params, params)
+        buffers.require_same_layout("flat_params", params, "the state", state._layout)
+        buffers.require_disjoint("flat_params", params, "the state", state._block)
+        buffers.require_disjoint("grad_rows", grads, "the state", state._block)
+        c = self._coefficients
+        if c is None or c.dtype != params.dtype:
+            c = self._coefficients = Coefficients(h, params.dtype)
+        segmented = self._other_loops(c, params, params, state, None, True) if self.segments else None
+        loops = sparse_rows.SparseRows(given, rows, segmented)
+        last, update, _, types = self._look_at(loops, grads, c, state, grad_scale, 0)
+        if update is None:  # skipped
+            self._last = last
+            return
+        prepare, take = loops.plan(params, grads, state._arrays, update)
+        if (types, *loops.kinds) != self._prepared:
+            prepare()
+            self._prepared = (types, *loops.kinds)
+        # As in step: counted before.
+        self._state, self._kernels, self._last = state, kernels, last
+        state._step += 1
+        take()
 
     def accumulate(self, flat_grads: FlatArray, *, stream: CudaStream | None = None) -> None:
         """Add gradients to a sum, of which the next :meth:`step` takes the mean.

@@ -70,6 +70,19 @@ class Segmented:
         runs: list[list[int]] = self._units.runs.tolist()
         return runs
 
+    @property
+    def stretches(self) -> Any:
+        """What is stepped: ``(start, stop, row of coefficients)`` each, in order."""
+        return self._units.whole
+
+    def formed(self, c: rules.Update) -> tuple[Any, rules.Update]:
+        """Return the rows of coefficients of the step number ``step``, and what is the same for all."""
+        if self._has_segments:
+            self._rows.form(self.step)
+        else:
+            self._rows.take(c)
+        return self._rows.coefficients, self._rows.with_decay(c)
+
     # --- As a backend has them ------------------------------------------------------------------------------
 
     def scratch_size(self, _: int) -> int:
@@ -99,18 +112,14 @@ class Segmented:
 
     def plan(self, params: Any, grads: Any, states: Any, c: rules.Update, clear: Any) -> Callable[[], None]:
         """Return the call that takes the step number ``step``."""
-        if self._has_segments:
-            self._rows.form(self.step)
-        else:
-            self._rows.take(c)
-        c = self._rows.with_decay(c)
+        coefficients, c = self.formed(c)
         take: Callable[[], None]
         if self.storage is not PLAIN and self._telemetry is not None:
-            arguments = (self._rows.coefficients, self._scratch, c, clear, self.storage)
+            arguments = (coefficients, self._scratch, c, clear, self.storage)
             take = self._stored_telemetry().plan(params, grads, states, *arguments)
         elif self.storage is not PLAIN:
             loops, cuts = self._stored()
-            take = loops.plan(params, grads, states, cuts, self._rows.coefficients, c, clear, self.storage)
+            take = loops.plan(params, grads, states, cuts, coefficients, c, clear, self.storage)
         elif self._telemetry is None:
             take = self._loops.plan(params, grads, states, self._table, c, clear)
         else:

@@ -157,7 +157,9 @@ def test_default_lr_is_one_that_is_tried(entrant):
     assert entrant.highest_lr == pytest.approx(1e4 * entrant.lowest_lr)
 
 
-TORCH = {name: name.removeprefix("Fused") for name in {entrant.rule for entrant in OPTIMIZERS.values()} - {""}}
+TORCH = {
+    name: name.removeprefix("Fused") for name in {entrant.rule for entrant in OPTIMIZERS.values()} - {""}
+}
 
 
 @pytest.mark.parametrize(

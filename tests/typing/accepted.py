@@ -30,6 +30,12 @@ def arrays_of_others() -> None:
     opt.swap_ema(params)
 
 
+def some_rows() -> None:
+    table, grads = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32)
+    for rows in ([0, 1, 0], (0, 1, 0), range(3), np.array([0, 1, 0])):
+        assert_type(FusedAdam().step_rows(table, rows, grads, grad_scale=2.0), None)
+
+
 def a_phase() -> None:
     params, grads = np.ones(4, np.float32), np.ones(4, np.float32)
     scaler = DynamicLossScale(2.0**10)
