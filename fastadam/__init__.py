@@ -1,6 +1,6 @@
 """Compiled-kernel Adam: one fused pass over any flat buffer, the same bits everywhere."""
 
-from fastadam import schedules
+from fastadam import own_rule, schedules
 from fastadam.adadelta import FusedAdadelta
 from fastadam.adagrad import FusedAdagrad
 from fastadam.adam import FusedAdam, FusedAdamW
@@ -32,6 +32,7 @@ __all__ = [
     "Segment",
     "__version__",
     "flatten",
+    "own_rule",
     "schedules",
     "warmup",
 ]

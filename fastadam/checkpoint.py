@@ -52,6 +52,10 @@ _PLAIN = {
 }
 
 
+class _Undefined(Exception):  # noqa: N818
+    """A file names a rule that nobody has defined."""
+
+
 class Checkpoint:
     """A checkpoint, open for reading; its header is verified, its arrays are when they are read.
 
@@ -85,6 +89,8 @@ class Checkpoint:
             self.step = count("step", document["step"], least=0)
             self._called: dict[str, Any] = document["schedules"]
             kind, values = document.get("rule", "adam"), document["hyperparameters"]
+            if isinstance(kind, str) and kind.isidentifier() and kind not in Hyperparameters.KINDS:
+                raise _Undefined(kind)  # noqa: TRY301
             of_rule = Hyperparameters.KINDS[kind]
             names = set(of_rule.names())
             if not values.keys() <= names:
@@ -98,6 +104,13 @@ class Checkpoint:
             (shape,) = shapes or {()}
             self.size: int | None = shape[0] if shape else None
             self._require_tensors()
+        except _Undefined as error:
+            file.close()
+            raise file.error(
+                "be of a rule that is defined",
+                f"of {error.args[0]!r}",
+                "Run its fastadam.own_rule.define before it is loaded.",
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             file.close()
             raise file.error(f"be a {KIND}", f"with what nobody could have written: {error}") from error

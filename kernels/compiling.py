@@ -43,6 +43,7 @@ from . import (
     rows,
     rules,
     storage,
+    translation,
     views,
 )
 
@@ -106,9 +107,14 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
     Numba raises when an index or a data file cannot be read or written (a read-only or full disk, a file
     cut short): an optimizer step must not fail for that. And two processes that save at once can leave an
     index that names the other's data file: code for arguments of other types is not taken.
+
+    Nothing is kept of rules from outside of this package: the digest does not follow their source, and nobody
+    can read an index that names a class which cannot be imported any more.
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        if not all(map(_is_of_this_package, sig)):
+            return None
         try:
             compiled = super().load_overload(sig, target_context)
         except Exception:
@@ -116,8 +122,18 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
         return compiled if compiled is not None and compiled.signature.args == tuple(sig) else None
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        if not all(map(_is_of_this_package, sig)):
+            return
         with contextlib.suppress(Exception):
             super().save_overload(sig, data)
+
+
+def _is_of_this_package(kind: Any) -> bool:
+    """Return whether no NamedTuple in a type of an argument is of somebody else."""
+    of = getattr(kind, "instance_class", None)
+    if of in rules.CALLED or (of is not None and translation.is_from_outside(of)):
+        return False
+    return all(map(_is_of_this_package, getattr(kind, "types", ())))
 
 
 def jit(make_loop: Callable[[str], Callable[..., Any]], *, parallel: bool = False) -> Any:
@@ -226,7 +242,15 @@ def _transform(param: Any, grad: Any, c: Any) -> Any:
 
 @overload(rules.advance, jit_options=JIT_OPTIONS, strict=False)
 def _advance(param: Any, grad: Any, state: Any, c: Any) -> Any:
+    for function in rules.CALLED.get(c.instance_class, ()):
+        _register(function)
     return rules.RULES[c.instance_class]
+
+
+@cache
+def _register(function: Callable[..., Any]) -> None:
+    """Have Numba know a function that a rule of a user calls."""
+    called(function)
 
 
 @overload(rules.track, jit_options=JIT_OPTIONS, strict=False)

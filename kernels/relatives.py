@@ -96,7 +96,7 @@ def adamax(param: Scalar, grad: Scalar, state: States, c: Adamax) -> Advanced:
     exp_avg = moving_average(exp_avg, grad, c.beta1, c.one_minus_beta1)
     faded = c.beta2 * exp_inf
     present = magnitude(grad) + c.eps
-    exp_inf = max(present, faded)
+    exp_inf = faded if faded > present else present
     return param - c.step_size * (exp_avg / exp_inf), (exp_avg, exp_inf)
 
 

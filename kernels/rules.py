@@ -253,6 +253,9 @@ TRANSFORMS: dict[type, Callable[..., Transformed]] = {
 RULES: dict[type, Callable[..., Advanced]] = {Adam: adam, AMSGrad: amsgrad}
 """Coefficients type -> rule. :mod:`fastadam.kernels.relatives` adds its own, and users theirs."""
 
+CALLED: dict[type, tuple[Callable[..., Any], ...]] = {}
+"""Coefficients type of a user's rule -> the functions that it calls."""
+
 AVERAGES: dict[type, Callable[..., Scalar]] = {type(None): untracked, Average: exponential_average}
 """Coefficients type -> average."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import linecache
 import pkgutil
 import re
 from importlib.util import find_spec
@@ -53,11 +54,17 @@ def blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+def execute(code, name, names):
+    """Run a block, with its source where Python finds it: rules are read."""
+    linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
+    exec(compile(code, name, "exec"), names)
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_readme_python_runs(code, request):
     if "import cupy" in code:
         request.getfixturevalue("cupy")  # its stand-in
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    execute(code, "<README.md>", {"__name__": "readme"})
 
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -71,9 +78,9 @@ def test_python_of_a_page_runs(page, request):
     if any("import cupy" in block for block in code):
         request.getfixturevalue("cupy")  # its stand-in
     names = {"__name__": page.stem}
-    for block in code:
+    for number, block in enumerate(code):
         if "fastadam.numba_cuda" not in block or find_spec("numba_cuda") is not None:
-            exec(compile(block, str(page), "exec"), names)
+            execute(block, f"<{page.name}, block {number}>", names)
 
 
 def test_phase_page_tells_all_hyperparameters():

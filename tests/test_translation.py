@@ -53,11 +53,11 @@ def every_expression(x, y, c):
 
 def test_every_expression():
     assert translate(every_expression, {}) == (
-        "DEVICE auto every_expression(auto x, auto y, auto c) {\n"
-        "    auto [x_2, y_2] = tuple(y, x);\n"
-        "    auto larger = ((x_2 >= y_2) ? x_2 : y_2);\n"
-        "    auto x_3 = (((-larger) * c.a) + (c.b / (x_2 - y_2)));\n"
-        "    return tuple(sqrt(x_3), tuple(y_2, larger));\n"
+        "DEVICE auto every_expression_0(auto x_, auto y_, auto c_) {\n"
+        "    auto [x_2_, y_2_] = tuple(y_, x_);\n"
+        "    auto larger_ = ((x_2_ >= y_2_) ? x_2_ : y_2_);\n"
+        "    auto x_3_ = (((-larger_) * c_.a) + (c_.b / (x_2_ - y_2_)));\n"
+        "    return tuple(sqrt(x_3_), tuple(y_2_, larger_));\n"
         "}"
     )
 
@@ -68,8 +68,33 @@ def both(x, y):
 
 def test_conditions():
     assert translate(both, {}) == (
-        "DEVICE auto both(auto x, auto y) {\n"
-        "    return (((x != Real{}) && (y > Real{})) ? (x == y) : false);\n"
+        "DEVICE auto both_0(auto x_, auto y_) {\n"
+        "    return (((x_ != Real{}) && (y_ > Real{})) ? (x_ == y_) : false);\n"
+        "}"
+    )
+
+
+def helper(x):
+    return math.sqrt(x)
+
+
+def int_(register, new):
+    """Names that are words of C++, and one with letters that are not ASCII."""
+    β = rules.step_size(register, new)  # noqa: PLC2401
+    return helper(β)
+
+
+def test_names_from_outside():
+    assert translate(int_, {}) == (
+        "DEVICE auto step_size(auto lr, auto bias_correction1) {\n"
+        "    return (lr / bias_correction1);\n"
+        "}\n\n"
+        "DEVICE auto helper_0(auto x_) {\n"
+        "    return sqrt(x_);\n"
+        "}\n\n"
+        "DEVICE auto int__1(auto register__, auto new__) {\n"
+        "    auto u3b2_ = step_size(register__, new__);\n"
+        "    return helper_0(u3b2_);\n"
         "}"
     )
 
@@ -122,12 +147,17 @@ def other_constants(x):
     return x if x != 1 else True
 
 
+def zero(x):
+    return x + 0
+
+
 def either(x):
     return x if x > 0 or x < 0 else -x
 
 
 REFUSED = {
     other_constants: "1",
+    zero: "0",
     either: "x > 0 or x < 0",
     literal: "2.0",
     loop: "for _ in range(3):\n    x = x * x",
