@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench import gpu_report, storage_report, tables
+from bench import family_report, gpu_report, storage_report, tables
 from bench.environment import RESULTS, ROOT, Result
 from bench.units import format_bytes, format_size, format_time
 
@@ -170,6 +170,7 @@ RENDERERS: dict[str, Callable[[Result], str]] = {
     "compare": _compare,
     "phase": _phase,
     "storage": storage_report.storage,
+    "family": family_report.family,
     "threshold": _threshold,
     "scaling": _scaling,
     "startup": _startup,

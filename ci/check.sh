@@ -45,6 +45,7 @@ python -m bench.compare --quick --output "$work/compare.json"
 python -m bench.phase --quick --output "$work/phase.json"
 python -m bench.training --quick --output "$work/training.json"
 python -m bench.storage --quick --output "$work/storage.json"
+python -m bench.family --quick --output "$work/family.json"
 python -m bench.torch_optimizer --quick --output "$work/torch_optimizer.json"
 python -m bench.embedding --quick --output "$work/embedding.json"
 pytest bench --benchmark-disable

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 
 from fastadam.arrays import Number
-from fastadam.bias_correction import BLOCK
-from fastadam.hyperparameters import Hyperparameters, Schedule, at_least_zero
+from fastadam.bias_correction import BLOCK, Corrections
+from fastadam.checks import at_least_zero
+from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.optimizer import FusedOptimizer, Options, split
-from fastadam.rule import Corrections, LrOver, Rule, in_range, number
+from fastadam.rule import LrOver, Rule, in_range, number
 from fastadam.tunables import HasEps
 
 
@@ -117,6 +118,12 @@ class FusedAdagrad(HasEps, FusedOptimizer):
             **own,
         )
         super().__init__(hyperparameters, **rest)
+
+    @property
+    def initial_accumulator_value(self) -> float:
+        """What the sum of squares began with."""
+        value: float = self._hyperparameters.initial_accumulator_value
+        return value
 
     @property
     def lr_decay(self) -> float:

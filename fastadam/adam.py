@@ -226,7 +226,8 @@ class FusedAdam(HasBetas, HasEps, HasDecoupled, FusedOptimizer):
     @property
     def amsgrad(self) -> bool:
         """Whether the maximum of the second moments is kept and used."""
-        return self._hyperparameters.amsgrad
+        value: bool = self._hyperparameters.amsgrad
+        return value
 
 
 class FusedAdamW(FusedAdam):
@@ -245,6 +246,8 @@ class FusedAdamW(FusedAdam):
     ----------
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
+
+    _IMPLIED: ClassVar = {"decoupled_weight_decay": True}
 
     def __init__(
         self,

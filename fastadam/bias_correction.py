@@ -59,11 +59,11 @@ def _power(base: DoubleDouble, exponent: int) -> DoubleDouble:
 
 
 @lru_cache(maxsize=16)
-def _first_powers(beta: float) -> DoubleDouble:
-    """Return ``beta ** (0, ..., BLOCK - 1)``, by doubling."""
+def _first_powers(beta: float, rest: float = 0.0) -> DoubleDouble:
+    """Return ``(beta + rest) ** (0, ..., BLOCK - 1)``, by doubling."""
     high, low = np.ones(1), np.zeros(1)
     while high.size < BLOCK:
-        shift = _power((beta, 0.0), high.size)
+        shift = _power((beta, rest), high.size)
         more = _multiply((high, low), shift)
         high, low = np.concatenate([high, more[0]]), np.concatenate([low, more[1]])
     return high, low
@@ -81,6 +81,14 @@ def _one_minus(power: DoubleDouble) -> Corrections:
 def block(beta: float, number: int) -> Corrections:
     """Return the corrections of the steps ``number * BLOCK`` up to, without, ``(number + 1) * BLOCK``."""
     return _one_minus(_multiply(_first_powers(beta), _power((beta, 0.0), number * BLOCK)))
+
+
+def powers(base: DoubleDouble, number: int) -> Corrections:
+    """Return the rounded powers of a base in [0, 1], of the exponents of a block."""
+    with np.errstate(under="ignore"):
+        high, _ = _multiply(_first_powers(*base), _power(base, number * BLOCK))
+    rounded: Corrections = high
+    return rounded
 
 
 class OfMany:
@@ -134,10 +142,8 @@ def of_many(betas: tuple[float, ...]) -> OfMany:
 @lru_cache(maxsize=16)
 def _powers(base: float, number: int) -> list[float]:
     """Return the rounded powers of a block of exponents."""
-    with np.errstate(under="ignore"):
-        high, _ = _multiply(_first_powers(base), _power((base, 0.0), number * BLOCK))
-    powers: list[float] = high.tolist()
-    return powers
+    found: list[float] = powers((base, 0.0), number).tolist()
+    return found
 
 
 def power(base: float, exponent: int) -> float:

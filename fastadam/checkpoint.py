@@ -103,6 +103,11 @@ class Checkpoint:
             shapes = {shape for name, (_, shape, _, _) in file.tensors.items() if _is_whole(name)}
             (shape,) = shapes or {()}
             self.size: int | None = shape[0] if shape else None
+            said = document.get("size")  # by newer versions, for rules that keep nothing
+            if said is not None and count("size", said, least=0) != self.size:
+                if shape:
+                    raise ValueError(f"size {said} instead of {self.size}")  # noqa: TRY301
+                self.size = said
             self._require_tensors()
         except _Undefined as error:
             file.close()
@@ -201,11 +206,12 @@ class Checkpoint:
         first, last = self._range(start, stop)
         names = [name for name in self._file.tensors if name != "params"]
         h = self._hyperparameters
-        entries: dict[str, Any] = {**replace(h, offset=h.offset + first).to_dict(), "step": self.step}
+        entries: dict[str, Any] = {**replace(h, offset=h.offset + first).to_dict(), **rule_of(h)}
+        entries["step"] = self.step
         with self._reading(names, first, last, progress) as advance:
             entries |= {name: self._array(name, first, last, advance) for name in names}
         if "segments" in entries:
-            entries["segments"], _ = clipped(entries["segments"], first, last)
+            entries["segments"], _ = clipped(entries["segments"], first, None if self.size is None else last)
         if "grad_sum" in entries:
             entries["grads_summed"] = self._document["grads_summed"]
         return entries
@@ -294,13 +300,18 @@ def read_shard(
         return file.state_dict(start, stop, progress=progress)
 
 
+def rule_of(h: Hyperparameters) -> dict[str, str]:
+    """Return what a state dict says of its rule: nothing of Adam, which came first."""
+    return {} if h.KIND == "adam" else {"rule": h.KIND}
+
+
 def _is_whole(name: str) -> bool:
     """Return whether a tensor has an element for each of the buffer."""
     return name != "segments" and not name.endswith(loading.SCALES)
 
 
-def clipped(table: Any, start: int, stop: int) -> tuple[Any, list[int]]:
-    """Return the table of the segments of a shard, and which of the whole they are."""
+def clipped(table: Any, start: int, stop: int | None) -> tuple[Any, list[int]]:
+    """Return the table of the segments of a shard, and which of the whole they are; None is the end."""
     table = table.copy()
     table[:, :2] = np.clip(table[:, :2], start, stop) - start
     kept = np.flatnonzero(table[:, 0] < table[:, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -41,12 +42,30 @@ def _split(
     values: list[Any] = []
     sequences = []
     for k, column in enumerate(rule.columns):
-        made = column.of(*(numbers[name] for name in column.names))
+        made: Any = column.of(*(numbers[name] for name in column.names))
         if isinstance(column, (LrOver, PerStep)):
             sequences.append((k, isinstance(column, LrOver), made))
             made = np.nan
         values.append(dtype.type(made))
     return values, sequences
+
+
+def _require_ranges(
+    rule: Rule, numbers: dict[str, float], dtype: Floating
+) -> list[tuple[str, Callable[..., Any], tuple[float, ...], tuple[float, ...]]]:
+    """Check all that the learning rate is not in, and return the other checks.
+
+    With each of these stand the numbers before and behind the learning rate.
+    """
+    of_lr = []
+    for label, of, names in rule.ranges:
+        if "lr" in names:
+            k = names.index("lr")
+            given = [tuple(numbers[name] for name in part) for part in (names[:k], names[k + 1 :])]
+            of_lr.append((label, of, given[0], given[1]))
+        else:
+            require_range(label, of(*(numbers[name] for name in names)), dtype)
+    return of_lr
 
 
 class Coefficients:
@@ -83,14 +102,11 @@ class Coefficients:
         self._rounded = rounded
         self._schedule = h.lr if callable(h.lr) else None
         self._decoupled = h.weight_decay if h.decoupled_weight_decay and h.weight_decay > 0 else None
-        self._numbers, self._ranges = numbers, rule.ranges
+        self._of_lr = _require_ranges(rule, numbers, dtype)
         self.dtype = dtype
 
         self.decay: rules.L2Decay | rules.DecoupledDecay | None = None
         self.set_lr(_lr_at(h.lr, 1) if callable(h.lr) else h.lr)
-        for label, of, names in rule.ranges:
-            if "lr" not in names:
-                require_range(label, of(*(numbers[name] for name in names)), dtype)
         if h.weight_decay > 0 and self._decoupled is None:
             require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
@@ -118,10 +134,8 @@ class Coefficients:
     def set_lr(self, lr: float) -> None:
         """Check a learning rate, and form what depends on nothing else."""
         require_range("lr", lr, self.dtype)
-        for label, of, names in self._ranges:
-            if "lr" in names:
-                numbers = (lr if name == "lr" else self._numbers[name] for name in names)
-                require_range(label, of(*numbers), self.dtype)
+        for label, of, before, behind in self._of_lr:
+            require_range(label, of(*before, lr, *behind), self.dtype)
         if self._decoupled is not None:
             decay = rules.lr_times_weight_decay(lr, self._decoupled)
             require_range("lr * weight_decay", decay, self.dtype)
@@ -141,7 +155,7 @@ class Coefficients:
                 for k, is_over_lr, of in self._sequences
             ]
             self._block = block
-        values = self._values.copy()
+        values = self._values
         for k, is_over_lr, of_block in self._of_block:
             # rules.step_size, without a call.
             values[k] = self._rounded(self.lr / of_block[place]) if is_over_lr else of_block[place]

@@ -102,7 +102,7 @@ def _version() -> Array:
     return np.empty(0, np.dtype([(f"sources_{sha.hexdigest()[:32]}", np.uint8)]))
 
 
-def compiled_adam(c: Coefficients, h: Hyperparameters, state: State) -> CompiledAdam:
+def compiled_adam(c: Coefficients, h: Any, state: State) -> CompiledAdam:
     """Return what compiled code takes for a state in CPU memory, whose arrays it shares.
 
     Parameters
@@ -156,6 +156,8 @@ def require_defaults(
     where : str
         What errors call the code.
     """
+    if h.KIND != "adam":
+        raise ValueError(f"opt must be a FusedAdam for {where}; got one of {h.KIND!r}.")
     for name in names:
         value, wanted = getattr(h, name), getattr(Hyperparameters, name)
         if value != wanted:

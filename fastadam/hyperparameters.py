@@ -18,7 +18,7 @@ Floating: TypeAlias = np.dtype[np.floating[Any]]
 Schedule: TypeAlias = Callable[[int], float]
 """A learning rate as a function of the step number, counted from 1."""
 
-Check: TypeAlias = Callable[[str, object], object]
+Check: TypeAlias = Callable[[str, object], Any]
 """Takes a name and a value, and returns that as its plain type, or raises."""
 
 
@@ -128,24 +128,28 @@ class Hyperparameters(ABC):
     """Those of every optimizer, by what a checkpoint calls it."""
     OWN_CHECKS: ClassVar[dict[str, Check]] = {}
     """Checks of what only this optimizer has."""
+    _CHECKS: ClassVar[dict[str, Check]] = CHECKS
+    """All checks of this optimizer."""
 
-    lr: float | Schedule
-    weight_decay: float = 0.0
+    # Any: numbers of NumPy, too, become plain ones.
+    lr: Any
+    weight_decay: Any = 0.0
     decoupled_weight_decay: bool = False
     maximize: bool = False
-    max_grad_norm: float | None = None
-    max_grad_value: float | None = None
+    max_grad_norm: Any = None
+    max_grad_value: Any = None
     skip_nonfinite: bool = False
-    ema_decay: float | None = None
+    ema_decay: Any = None
     zero_grads: bool = False
     telemetry: bool = False
     state_dtype: precision.StateDtype = "float32"
     master_params: str | None = None
     rounding: str = "stochastic"
-    seed: int = 0
-    offset: int = 0
+    seed: Any = 0
+    offset: Any = 0
 
     def __init_subclass__(cls) -> None:
+        cls._CHECKS = {**CHECKS, **cls.OWN_CHECKS}
         if "KIND" in vars(cls):
             cls.KINDS[cls.KIND] = cls
 
@@ -157,7 +161,7 @@ class Hyperparameters(ABC):
     @classmethod
     def check(cls, name: str, value: object) -> Any:
         """Return the value of a hyperparameter as its plain type, or raise."""
-        return (cls.OWN_CHECKS.get(name) or CHECKS[name])(name, value)
+        return cls._CHECKS[name](name, value)
 
     def require_possible(self) -> None:  # noqa: B027 - most values do
         """Raise ValueError unless the values go with each other."""
@@ -195,10 +199,11 @@ class Hyperparameters(ABC):
 
     def changed(self, **values: object) -> Self:
         """Return a copy with some values changed; only those are checked, as every step may change ``lr``."""
-        checked = {name: self.check(name, value) for name, value in values.items()}
+        checks = self._CHECKS
+        checked = {name: checks[name](name, value) for name, value in values.items()}
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, **checked)
-        if values.keys() != {"lr"}:
+        if len(values) > 1 or "lr" not in values:
             copy.require_possible()
         return copy
 

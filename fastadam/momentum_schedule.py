@@ -1,16 +1,19 @@
 """The momentum of NAdam, step by step, as PyTorch has it, in float64.
 
-``mu_t = beta1 * (1 - 0.96 ** (t * momentum_decay) / 2)``: it rises from about half of ``beta1`` to it.
+``mu_t = beta1 * (1 - 0.96 ** (t * momentum_decay) / 2)``: it rises from about half of ``beta1`` to it. The
+powers are those of :mod:`fastadam.bias_correction`, so the bits are the same on every machine.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from functools import lru_cache
 
 import numpy as np
 
-from fastadam.bias_correction import BLOCK, Corrections
+from fastadam import bias_correction
+from fastadam.bias_correction import BLOCK, Corrections, DoubleDouble
 
 _BASE = 0.96
 _SETTLED = 2.0**-55
@@ -19,20 +22,31 @@ _LARGEST_TABLE = 10_000_000
 """Steps after which a momentum must have settled where a GPU counts them: 78 MB."""
 
 
-def _momenta(beta1: float, momentum_decay: float, stop: int) -> Corrections:
-    """Return ``mu`` of the steps 0 up to, without, ``stop``."""
-    steps = np.arange(stop, dtype=np.float64)
-    momenta: Corrections = beta1 * (1 - 0.5 * _BASE ** (steps * momentum_decay))
+@lru_cache(maxsize=16)
+def _base(momentum_decay: float) -> DoubleDouble:
+    """Return ``0.96 ** momentum_decay``, as a number and the rest."""
+    context = Context(prec=50, traps=[])
+    exact = context.power(Decimal(_BASE), Decimal(momentum_decay))
+    high = float(exact)
+    return high, float(context.subtract(exact, Decimal(high)))
+
+
+def _momenta(beta1: float, momentum_decay: float, start: int, stop: int) -> Corrections:
+    """Return ``mu`` of the steps ``start`` up to, without, ``stop``."""
+    first, base = start // BLOCK, _base(momentum_decay)
+    blocks = [bias_correction.powers(base, number) for number in range(first, -(-stop // BLOCK))]
+    powers: Corrections = np.concatenate(blocks)[start - first * BLOCK : stop - first * BLOCK]
+    momenta: Corrections = np.asarray(beta1 * (1 - 0.5 * powers), np.float64)
     return momenta
 
 
 @lru_cache(maxsize=16)
 def _one_minus_products(beta1: float, momentum_decay: float, blocks: int) -> Corrections:
     """Return ``1 - mu_1 ... mu_t`` of so many blocks of steps; of step 0 it is 0."""
-    momenta = _momenta(beta1, momentum_decay, blocks * BLOCK)
+    momenta = _momenta(beta1, momentum_decay, 0, blocks * BLOCK)
     momenta[0] = 1
     with np.errstate(under="ignore"):
-        products: Corrections = 1 - np.cumprod(momenta)
+        products: Corrections = 1 - np.cumprod(momenta, dtype=np.float64)
     return products
 
 
@@ -76,7 +90,7 @@ class Gradient(_Momentum):
     """For the gradient: ``(1 - mu_1 ... mu_t) / (1 - mu_t)``."""
 
     def _of(self, start: int, stop: int) -> Corrections:
-        momenta = _momenta(self.beta1, self.momentum_decay, stop)[start:]
+        momenta = _momenta(self.beta1, self.momentum_decay, start, stop)
         found: Corrections = self._one_minus_product(start, stop) / (1 - momenta)
         return found
 
@@ -85,7 +99,7 @@ class Average(_Momentum):
     """For the first moment: ``(1 - mu_1 ... mu_(t+1)) / mu_(t+1)``; inf where there is no momentum."""
 
     def _of(self, start: int, stop: int) -> Corrections:
-        momenta = _momenta(self.beta1, self.momentum_decay, stop + 1)[start + 1 :]
+        momenta = _momenta(self.beta1, self.momentum_decay, start + 1, stop + 1)
         with np.errstate(divide="ignore"):
             found: Corrections = self._one_minus_product(start + 1, stop + 1) / momenta
         return found

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Unpack
 
 from fastadam.adam import AVERAGING
 from fastadam.arrays import Number
-from fastadam.hyperparameters import Hyperparameters, Schedule, at_least_zero
+from fastadam.checks import at_least_zero
+from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.momentum_schedule import Average, Gradient
 from fastadam.optimizer import FusedOptimizer, Options, split

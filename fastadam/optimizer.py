@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self, SupportsIndex, TypedDict, cast
 
@@ -390,7 +390,7 @@ class FusedOptimizer(Tunables, Persistent):
         elif stream is not None:
             raise TypeError("stream must be None for buffers in CPU memory; got a stream.")
         state, total = self._state, self._accumulator.total
-        if state._arrays:
+        if state._layout.size:  # known from the first step on, where nothing is kept, too
             # A state of a checkpoint or a copy goes where the parameters are with the next step.
             fits = buffers.require_same_size if self._kernels is None else buffers.require_same_layout
             fits("flat_grads", grads, "the state", state._layout)
@@ -530,7 +530,7 @@ class FusedOptimizer(Tunables, Persistent):
         kernels = backends.load(self._choose(params, "flat_params"))
         h = self._hyperparameters
         names, master = h.state, stored.master_of(h)
-        if state._arrays:
+        if state._layout.size:
             buffers.require_same_size("flat_params", params, "the state", state._layout)
         stored.require_possible(h, params.dtype)
         kinds = precision.of_states(names, h.state_dtype)
@@ -541,7 +541,7 @@ class FusedOptimizer(Tunables, Persistent):
                     " Take one step before."
                 )
             return kernels, State.on_device(kernels, params, names, kinds, master, state, h.start())
-        if not state._arrays or (state._master is None and master is not None):
+        if not state._names or (state._master is None and master is not None):
             state = State.of_params(params, names, kinds, master, state, h.start())
         return kernels, state
 
@@ -610,13 +610,9 @@ class FusedOptimizer(Tunables, Persistent):
     def _change(self, **values: Any) -> None:
         hyperparameters, state = self._hyperparameters.changed(**values), self._state
         coefficients, clock = None, state._clock
-        old_states, new_states = self._hyperparameters.state, hyperparameters.state
-        if old_states != new_states and (state._names or state._step):
-            (name,) = values
-            raise ValueError(
-                f"{name} must keep what the state has, {list(old_states)}; got {values[name]}, which needs"
-                f" {list(new_states)}. Reset the optimizer first."
-            )
+        is_lr = len(values) == 1 and "lr" in values
+        if not is_lr and (state._names or state._step):
+            self._require_same_states(hyperparameters, values)
         if self._capturable:
             clocks.require_possible(hyperparameters, self._segments)
         if clock is not None:
@@ -628,15 +624,25 @@ class FusedOptimizer(Tunables, Persistent):
                     )
             coefficients = Coefficients(hyperparameters, clock.types.dtype)
             old, lr = self.lr, hyperparameters.lr
-            sets_lr = values.keys() == {"lr"} and not callable(old) and not callable(lr)
+            sets_lr = is_lr and not callable(old) and not callable(lr)
             present = self._hyperparameters
             if not (sets_lr and clocks.set_lr(clock, present, hyperparameters, self._library)):
                 state.leave_clock()
-        elif values.keys() == {"lr"}:
+        elif is_lr:
             coefficients = self._with_lr(hyperparameters.lr)
         self._hyperparameters, self._coefficients = hyperparameters, coefficients
         if "telemetry" in values:
             self._use(Segments(self.segments))  # other loops
+
+    def _require_same_states(self, hyperparameters: Hyperparameters, values: Mapping[str, Any]) -> None:
+        """Raise ValueError if a change asks for another state than there is."""
+        old, new = self._hyperparameters.state, hyperparameters.state
+        if old != new:
+            (name,) = values
+            raise ValueError(
+                f"{name} must keep what the state has, {list(old)}; got {values[name]}, which needs"
+                f" {list(new)}. Reset the optimizer first."
+            )
 
     def _with_lr(self, lr: float | Schedule) -> Coefficients | None:
         """Return the present coefficients with another learning rate, where that is possible."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastadam import clocks, precision
 from fastadam.accumulation import Accumulator
@@ -28,9 +28,15 @@ class Persistent(ABC):
     _accumulator: Accumulator
     _backend: str | None
     _capturable: bool
+    _IMPLIED: ClassVar[Mapping[str, object]] = {}
+    """Hyperparameters that the class itself has set."""
     lr: Any
-    last_step: LastStep | None
     segments: Any
+
+    @property
+    @abstractmethod
+    def last_step(self) -> LastStep | None:
+        """What the last step did."""
 
     @abstractmethod
     def _use(self, segments: Segments) -> None:
@@ -110,20 +116,21 @@ class Persistent(ABC):
             values["lr"] = self.lr
         said = precision.state_dtype("state_dtype", values.get("state_dtype", "float32"))
         master = precision.master_params("master_params", values.get("master_params"))
-        if master not in {None, self.master_params}:
+        if master not in {None, h.master_params}:
             raise ValueError(
-                f"state_dict['master_params'] must be {self.master_params!r}, the optimizer's own; got"
+                f"state_dict['master_params'] must be {h.master_params!r}, the optimizer's own; got"
                 f" {master!r}. Make the optimizer with it."
             )
-        values["state_dtype"], values["master_params"] = self.state_dtype, self.master_params
+        values["state_dtype"], values["master_params"] = h.state_dtype, h.master_params
         array = entries.pop("segments", None)
         loaded = Segments(()) if array is None else Segments.from_array(array, self.segments)
         hyperparameters = type(h)(**values)
+        self.require_implied(hyperparameters)
         require_fields(loaded, hyperparameters)
         if self._capturable:
             clocks.require_possible(hyperparameters, loaded)
         accumulator = Accumulator.from_dict(entries)
-        kinds = (precision.of_states(hyperparameters.state, kind) for kind in (said, self.state_dtype))
+        kinds = (precision.of_states(hyperparameters.state, kind) for kind in (said, h.state_dtype))
         said_of_each, wanted = kinds
         state = State.from_dict(entries, hyperparameters.state, self._state, said=said_of_each, wanted=wanted)
         self._hyperparameters = hyperparameters
@@ -227,6 +234,14 @@ class Persistent(ABC):
         )
         return opt
 
+    @classmethod
+    def require_implied(cls, hyperparameters: Hyperparameters) -> None:
+        """Raise ValueError unless hyperparameters are such as the class has."""
+        for name, value in cls._IMPLIED.items():
+            found = getattr(hyperparameters, name)
+            if found != value:
+                raise ValueError(f"{name} must be {value} for a {cls.__name__}; got {found}.")
+
     def __getstate__(self) -> dict[str, Any]:
         # Modules and kernels are not copied; a deep copy has its moments in CPU memory until its first step.
         nothing = dict.fromkeys(("_coefficients", "_segmented", "_prepared", "_kernels", "_scratch"))
@@ -239,7 +254,7 @@ class Persistent(ABC):
         values = {
             name: getattr(h, name)
             for name in h.names()
-            if name in h.OWN or getattr(h, name) != defaults[name]
+            if (name in h.OWN or getattr(h, name) != defaults[name]) and name not in self._IMPLIED
         }
         if self._backend is not None:
             values["backend"] = self._backend

@@ -32,8 +32,8 @@ def state_dtype_of_all(name: str, value: object) -> StateDtype:
     """Return the format of all states of a rule whose moments are not Adam's."""
     if not isinstance(value, str) or value not in {"float32", "bfloat16"}:
         raise ValueError(
-            f"{name} must be 'float32' or 'bfloat16' for this optimizer; got {value!r}. Only moments like Adam's"
-            " are kept in 8 bits, or each in a format."
+            f"{name} must be 'float32' or 'bfloat16' for this optimizer; got {value!r}. Only moments like"
+            " Adam's are kept in 8 bits, or each in a format."
         )
     return str(value)
 

@@ -32,6 +32,8 @@ class Rectification:
 
     def _of(self, steps: Corrections, corrections: Corrections) -> Corrections:
         longest = 2 / (1 - self.beta2) - 1
+        if longest <= _TRACTABLE:
+            return np.zeros_like(corrections)
         with np.errstate(divide="ignore", invalid="ignore"):  # step 0
             length = longest - 2 * steps * (1 - corrections) / corrections
         is_tractable = length > _TRACTABLE

@@ -40,6 +40,7 @@ def load(
             raise file._file.error(
                 f"be of a {cls.__name__}", f"{h.KIND!r}", "Load it with the class that has saved it."
             )
+        cls.require_implied(h)
         values = {"lr": _lr(file) if lr is None else lr, "offset": h.offset + start}
         given = _segments(file, start, stop) if segments is None else segments
         opt = cls._of(h.changed(**values), segments=given, **options)
@@ -103,7 +104,8 @@ def _lr(file: Checkpoint) -> Any:
 def _segments(file: Checkpoint, start: int, stop: int) -> list[Segment]:
     if "segments" not in file._file.tensors:
         return []
-    array, kept = clipped(file._array("segments", 0, 0, lambda _: None), start, stop)
+    array = file._array("segments", 0, 0, lambda _: None)
+    array, kept = clipped(array, start, None if file.size is None else stop)
     called = dict(file._called["segments"])
     return [
         replace(segment, lr=_schedule(called[k], "segments")) if k in called else segment
@@ -115,7 +117,7 @@ def _state(file: Checkpoint, start: int, stop: int, advance: Callable[[int], Non
     """Return the state of a shard, read to where it is to lie: no second copy."""
     names, dtypes = file._stored()
     if not names:
-        return State(step=file.step)
+        return State(size=stop - start, dtype=file._math, step=file.step)
     state = State(names, stop - start, file._math, file.step, dtypes)
     for name, view in zip(names, state._views, strict=True):
         file._fill(view, name, start, advance)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 from fastadam.arrays import Number
-from fastadam.checks import require_flag
-from fastadam.hyperparameters import Hyperparameters, Schedule, at_least_zero, in_unit_interval
+from fastadam.checks import at_least_zero, require_flag
+from fastadam.hyperparameters import Hyperparameters, Schedule, in_unit_interval
 from fastadam.kernels import relatives
 from fastadam.optimizer import FusedOptimizer, Options, split
 from fastadam.rule import LR, Constant, Rule, in_range, number, one_minus

@@ -26,6 +26,8 @@ Number: TypeAlias = Any
 class Sequence(Protocol):
     """A number for each step, counted from 1; hashable, equal where the numbers are the same."""
 
+    def __hash__(self) -> int: ...
+
     def block(self, number: int) -> Corrections:
         """Return those of the steps ``number * BLOCK`` up to, without, ``(number + 1) * BLOCK``.
 

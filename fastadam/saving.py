@@ -29,7 +29,7 @@ def save(
     """Do what :meth:`fastadam.FusedAdam.save` says."""
     progress.require(show)
     tensors = _tensors_of(opt)
-    size = opt._state._layout.size if opt._state._names else None
+    size = opt._state._layout.size or None  # known where nothing is kept, too
     if params is not None:
         flat = buffers.flat(params, "params", writable=False)
         buffers.require_in_cpu_memory("params", flat)
@@ -51,6 +51,7 @@ def save(
     ]
     document = {
         "step": step,
+        "size": size,
         "rule": opt._hyperparameters.KIND,
         "hyperparameters": hyperparameters,
         "schedules": called,

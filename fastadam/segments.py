@@ -56,6 +56,10 @@ class Segment:
 
     Notes
     -----
+    All optimizers take ``lr``, ``weight_decay`` and ``frozen``. ``betas`` are for those that have them: Adam,
+    NAdam, RAdam, Adamax and Lion; ``eps`` for all but Lion and SGD. For another optimizer they are an error.
+    Momenta, ``alpha`` and ``rho`` are those of the whole buffer.
+
     The bits are those of one optimizer for each segment, stepped on its slice of the buffers; where the
     gradient is clipped by its global norm, that is of the whole buffer. All segments share the step number:
     one that was frozen goes on with the bias corrections of the steps taken meanwhile. The global norm is the

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 
 from fastadam.arrays import Number
-from fastadam.bias_correction import BLOCK
-from fastadam.checks import require_flag
-from fastadam.hyperparameters import Hyperparameters, Schedule, at_least_zero
+from fastadam.bias_correction import BLOCK, Corrections
+from fastadam.checks import at_least_zero, require_flag
+from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.optimizer import FusedOptimizer, Options, split
-from fastadam.rule import LR, Corrections, PerStep, Rule, in_range, number
+from fastadam.rule import LR, PerStep, Rule, in_range, number
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class FusedSGD(FusedOptimizer):
     """
 
     HYPERPARAMETERS: ClassVar[type[Hyperparameters]] = SGDHyperparameters
+    _hyperparameters: Any
 
     def __init__(
         self,

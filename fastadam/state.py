@@ -157,11 +157,11 @@ class State:
         starts = [start + at for start, at in zip(accumulate(strides, initial=0), places, strict=False)]
         starts, of_scales = starts[: len(dtypes)], starts[len(dtypes) :]
         total = sum(strides) + _CACHE_LINE
-        if host._arrays:
+        if host._views:
             image = np.zeros(total, np.uint8)
             pairs = [*zip(starts, host._views, strict=False), *zip(of_scales, host._scales, strict=False)]
-            for start, moment in pairs:
-                image[start : start + moment.nbytes] = moment.view(np.uint8)
+            for at, moment in pairs:
+                image[at : at + moment.nbytes] = moment.view(np.uint8)
             memory = kernels.to_device(image, like.device, stream)
         else:
             memory = kernels.zeros(total, like.device, stream)
@@ -234,7 +234,9 @@ class State:
     def _fill(self, start: Mapping[str, float]) -> None:
         for name, value in start.items():
             view = self._views[self._names.index(name)]
-            view[...] = loading.converted(np.array([value], self._layout.dtype), None, view.dtype)[0]
+            with np.errstate(over="ignore"):  # what does not fit is refused before a step is taken
+                number = np.array([value], self._layout.dtype)
+            view[...] = loading.converted(number, None, view.dtype)[0]
 
     @classmethod
     def from_dict(
@@ -284,8 +286,8 @@ class State:
         labels = [f"state_dict['{name}']" for name in names]
         moments = [loading.array(entries[n], f, kind) for n, f, kind in zip(names, labels, said, strict=True)]
         math = formats.math_of(moments[0].dtype)
-        model = current._layout if current._arrays else np.broadcast_to(np.zeros((), math), moments[0].size)
-        model_label = "the state" if current._arrays else labels[0]
+        model = current._layout if current._names else np.broadcast_to(np.zeros((), math), moments[0].size)
+        model_label = "the state" if current._names else labels[0]
         for moment, label, kind in zip(moments, labels, said, strict=True):
             buffers.require_in_cpu_memory(label, moment)
             if kind in MASTERS.values() and math != formats.FLOAT32:

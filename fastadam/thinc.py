@@ -14,7 +14,7 @@ try:
 except ImportError:
     raise ImportError("fastadam.thinc needs thinc. pip install thinc") from None
 
-from fastadam import optimizer
+from fastadam import adam
 from fastadam.hyperparameters import CHECKS
 
 _LARGEST_DECAY = 0.9999
@@ -96,7 +96,7 @@ class FusedAdam(Optimizer):
             L2_is_weight_decay=L2_is_weight_decay,
             use_averages=use_averages,
         )
-        self._fused: dict[KeyT, optimizer.FusedAdam] = {}
+        self._fused: dict[KeyT, adam.FusedAdam] = {}
 
     def __call__(self, key: KeyT, weights: Any, gradient: Any, *, lr_scale: float = 1.0) -> tuple[Any, Any]:
         """Take a step with one array.
@@ -141,7 +141,7 @@ class FusedAdam(Optimizer):
         fused = self._fused.get(key)
         if fused is None:
             decoupled = self.L2_is_weight_decay
-            fused = optimizer.FusedAdam(**values, decoupled_weight_decay=decoupled, zero_grads=True)
+            fused = adam.FusedAdam(**values, decoupled_weight_decay=decoupled, zero_grads=True)
         else:
             fused._change(**{name: value for name, value in values.items() if getattr(fused, name) != value})
         fused.step(weights, gradient)

@@ -36,7 +36,8 @@ class Tunables(ABC):
     @property
     def weight_decay(self) -> float:
         """Weight decay; set it between steps."""
-        return self._hyperparameters.weight_decay
+        value: float = self._hyperparameters.weight_decay
+        return value
 
     @weight_decay.setter
     def weight_decay(self, value: Number) -> None:
@@ -45,7 +46,8 @@ class Tunables(ABC):
     @property
     def max_grad_norm(self) -> float | None:
         """Global norm to which gradients are clipped, or None; set it between steps."""
-        return self._hyperparameters.max_grad_norm
+        value: float | None = self._hyperparameters.max_grad_norm
+        return value
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Number | None) -> None:
@@ -54,7 +56,8 @@ class Tunables(ABC):
     @property
     def max_grad_value(self) -> float | None:
         """Magnitude to which the elements of gradients are clipped, or None; set it between steps."""
-        return self._hyperparameters.max_grad_value
+        value: float | None = self._hyperparameters.max_grad_value
+        return value
 
     @max_grad_value.setter
     def max_grad_value(self, value: Number | None) -> None:
@@ -90,7 +93,8 @@ class Tunables(ABC):
     @property
     def ema_decay(self) -> float | None:
         """Decay of the average of the parameters, or None."""
-        return self._hyperparameters.ema_decay
+        value: float | None = self._hyperparameters.ema_decay
+        return value
 
     @property
     def maximize(self) -> bool:
@@ -115,12 +119,14 @@ class Tunables(ABC):
     @property
     def seed(self) -> int:
         """Of stochastic rounding."""
-        return self._hyperparameters.seed
+        value: int = self._hyperparameters.seed
+        return value
 
     @property
     def offset(self) -> int:
         """Index of the first element in the whole buffer."""
-        return self._hyperparameters.offset
+        value: int = self._hyperparameters.offset
+        return value
 
 
 class HasBetas(Tunables):
@@ -131,7 +137,8 @@ class HasBetas(Tunables):
     @property
     def betas(self) -> tuple[float, float]:
         """Decay rates of the moments; set them between steps."""
-        return self._hyperparameters.betas
+        value: tuple[float, float] = self._hyperparameters.betas
+        return value
 
     @betas.setter
     def betas(self, value: tuple[Number, Number] | list[float]) -> None:
@@ -146,7 +153,8 @@ class HasEps(Tunables):
     @property
     def eps(self) -> float:
         """Added to the root of the second moment; set it between steps."""
-        return self._hyperparameters.eps
+        value: float = self._hyperparameters.eps
+        return value
 
     @eps.setter
     def eps(self, value: Number) -> None:

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 from tolerances import EPS, ONE_STEP_ULPS
 
-from fastadam import hyperparameters
+from fastadam import coefficients
 from fastadam.bias_correction import BLOCK
 
 COEFFICIENTS = 6.0
@@ -85,8 +85,8 @@ def excess(train: Train) -> float:
 
 def skip_bias_correction(monkeypatch) -> None:
     """Plant a defect."""
-    monkeypatch.setattr(hyperparameters, "_corrections", lambda *_: [1.0] * BLOCK)
-    monkeypatch.setattr(hyperparameters, "_inverse_corrections", lambda *key: [key[-1].type(1)] * BLOCK)
+    monkeypatch.setattr(coefficients, "_block", lambda *_: [1.0] * BLOCK)
+    monkeypatch.setattr(coefficients, "_rounded", lambda *key: [key[-1].type(1)] * BLOCK)
 
 
 def assert_trains_as_its_own(train: Train) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from segment_steps import slices
 from fastadam import eight_bit, precision
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
+from fastadam.kernels import relatives, rules
 from fastadam.rounding import rounding
 
 BLOCK = 128
@@ -63,8 +65,14 @@ def prepared(c, param, grad):
 
 
 def advanced(c, param, grad, states):
-    """Return the new parameters and states."""
+    """Return the new parameters and states; of a relative of Adam its equation gives them."""
     rule = c.rule
+    if not isinstance(rule, rules.Adam):
+        moments = tuple(value for name, value in states.items() if name != "param_ema")
+        with mock.patch.object(rules, "sqrt", np.sqrt), mock.patch.object(relatives, "sqrt", np.sqrt):
+            param, new = rules.advance(param, grad, moments, rule)
+        average = (moving(states["param_ema"], param, *c.average),) if "param_ema" in states else ()
+        return param, dict(zip(states, (*new, *average), strict=True))
     first = moving(states["exp_avg"], grad, rule.beta1, rule.one_minus_beta1)
     second = moving(states["exp_avg_sq"], grad * grad, rule.beta2, rule.one_minus_beta2)
     new, divides = {"exp_avg": first, "exp_avg_sq": second}, second
@@ -125,8 +133,8 @@ def random_words(h, step, size):
 class literal_blocks:  # noqa: N801
     """An optimizer with moments of which some are in 8 bits."""
 
-    def __init__(self, params, segments=(), **options):
-        self.h = h = AdamHyperparameters(**options)
+    def __init__(self, params, segments=(), h=None, **options):
+        self.h = h = h or AdamHyperparameters(**options)
         self.kinds = dict(zip(h.state, precision.of_states(h.state, h.state_dtype), strict=True))
         self.parts = slices(segments, params.size)
         self.dtype, self.size, self.step_number = params.dtype, params.size, 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
-from fastadam.kernels import rules
+from fastadam.kernels import relatives, rules
 
 WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 """The dtype in which to judge the errors of another; x86's long double has 11 more bits than float64."""
@@ -116,7 +116,11 @@ def interpret(
     new_params = np.empty_like(params)
     new_states = tuple(np.empty_like(state) for state in states)
     # math.sqrt of an np.float32 is a float64; np.sqrt rounds to float32, correctly.
-    with mock.patch.object(rules, "sqrt", np.sqrt), np.errstate(all="ignore"):
+    with (
+        mock.patch.object(rules, "sqrt", np.sqrt),
+        mock.patch.object(relatives, "sqrt", np.sqrt),
+        np.errstate(all="ignore"),
+    ):
         parts = c.update(step, **scales)
         for i in range(params.size):
             state = tuple(array[i] for array in states)
@@ -129,9 +133,11 @@ def interpret(
 
 
 def initial_states(hyperparameters: Hyperparameters, params):
-    """Return the states before the first step: moments of zero, and the parameters as their average."""
+    """Return the states before the first step: what moments begin with, and parameters as their average."""
+    start = hyperparameters.start()
     return tuple(
-        params.copy() if name == "param_ema" else np.zeros_like(params) for name in hyperparameters.state
+        params.copy() if name == "param_ema" else np.full_like(params, start.get(name, 0))
+        for name in hyperparameters.state
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from oracles import interpret
+from oracles import initial_states, interpret
 from phase_cases import DECAYS, pairwise
 
 from fastadam.adam import AdamHyperparameters
@@ -56,18 +56,16 @@ def encoded(values, kind):
 class literal_storage:  # noqa: N801
     """Decode, step in float32, encode to the nearest; a master is a float32 that stays as it is."""
 
-    def __init__(self, params, **options):
-        self.h = AdamHyperparameters(**options)
-        first, second = (
-            (self.h.state_dtype,) * 2 if isinstance(self.h.state_dtype, str) else options["state_dtype"]
-        )
-        kinds = {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second, "param_ema": "float32"}
-        self.kinds = [kinds[name] for name in self.h.state]
+    def __init__(self, params, h=None, **options):
+        self.h = h or AdamHyperparameters(**options)
+        stored = self.h.state_dtype
+        first, second = (stored,) * 2 if isinstance(stored, str) else stored
+        kinds = {"exp_avg": first, "param_ema": "float32"}
+        self.kinds = [kinds.get(name, second) for name in self.h.state]
         self.dtype = params.dtype
         self.exact = params.astype(np.float32)
-        self.states = [np.zeros(params.size, DTYPES[kind]) for kind in self.kinds]
-        if self.h.ema_decay is not None:
-            self.states[-1] = self.exact.copy()
+        states = initial_states(self.h, self.exact)
+        self.states = [encoded(state, kind) for state, kind in zip(states, self.kinds, strict=True)]
         self.t = 0
 
     def step(self, grads, **scales):

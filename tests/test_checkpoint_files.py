@@ -156,6 +156,8 @@ def test_newer_files(tmp_path):
         {"step": -1},
         {"step": "1"},
         {"step": 1, "grads_summed": 1},
+        {"size": -1},
+        {"size": "1"},
         {"hyperparameters": {"lr": -1.0}},
         {"hyperparameters": {"unknown": 1}},
         {"hyperparameters": []},

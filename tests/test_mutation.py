@@ -29,11 +29,12 @@ def mutant(target):
         return None
     module = types.ModuleType("mutant")
     exec(compile(ast.fix_missing_locations(tree), "mutant", "exec"), module.__dict__)
-    # The coefficients come from the real rules: the mutant's functions must be found by the same types.
+    # The coefficients come from the real rules: the mutant's functions must be found by the same types. The
+    # relatives of Adam are behind them, and not in the mutant.
     module.sqrt = np.sqrt
     for table in ("TRANSFORMS", "RULES", "AVERAGES"):
         real, changed = getattr(rules, table), getattr(module, table)
-        setattr(module, table, dict(zip(real, changed.values(), strict=True)))
+        setattr(module, table, dict(zip(real, changed.values(), strict=False)))
     return module, mutator.change
 
 

@@ -11,9 +11,12 @@ from numba import njit, prange, typed
 from phase_cases import DECAYS, case_id, pairwise
 from tolerances import assert_same_bits
 
-from fastadam import FusedAdam, compiled_state, compiled_steps, hyperparameters
+from fastadam import FusedAdam, coefficients, compiled_state, compiled_steps
+from fastadam.adam import AdamHyperparameters
 from fastadam.bias_correction import BLOCK
+from fastadam.coefficients import Coefficients
 from fastadam.numba import compiled, step, step_parallel
+from fastadam.rule import BiasCorrection, InverseBiasCorrection
 
 FACTORS = {
     "grad_scale": [None, 3.0],
@@ -98,14 +101,15 @@ form_block = njit(compiled_steps.form_block, fastmath=False, error_model="numpy"
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.99999, 1 - 2.0**-40)], ids=str)
 def test_corrections(betas, dtype):
-    h = hyperparameters.Hyperparameters(betas=betas)
+    h = AdamHyperparameters(betas=betas)
     state = compiled_state.State(h.state, 3, dtype)
-    adam = compiled_state.compiled_adam(hyperparameters.Coefficients(h, np.dtype(dtype)), h, state)
+    adam = compiled_state.compiled_adam(Coefficients(h, np.dtype(dtype)), h, state)
     _, powers, first, inverse_second = adam.corrections
     for number in (0, 1, 977, 2**31):
         form_block(number, *betas, powers, first, inverse_second)
-        assert_same_bits(first, np.array(hyperparameters._corrections(betas[0], number)))
-        wanted = np.array(hyperparameters._inverse_corrections(betas[1], number, np.dtype(dtype)))
+        assert_same_bits(first, np.array(coefficients._block(BiasCorrection(betas[0]), number)))
+        sequence = InverseBiasCorrection(betas[1])
+        wanted = np.array(coefficients._rounded(sequence, number, np.dtype(dtype)))
         assert_same_bits(inverse_second, wanted)
 
 

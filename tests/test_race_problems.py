@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastadam
-from fastadam.race import online, optimizers
+from fastadam.race import online
 from fastadam.race.optimizers import OPTIMIZERS, Entrant
 from fastadam.race.problem import Problem
 from fastadam.race.problems import PROBLEMS

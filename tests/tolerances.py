@@ -71,6 +71,28 @@ def exchange_tolerance(gradients, lr: float, beta2: float, largest_param: float,
     }
 
 
+def trajectory_tolerance(start, expected) -> np.ndarray:
+    """Bound the differences of two runs of one rule after every step, both in the dtype of ``expected``.
+
+    The gradients are the same, so an update of step t has errors of what is kept, of at most two roundings in
+    each of t steps and two rounded coefficients, and of its own dozen: 2 t + 16 units of eps, of two runs, of
+    the largest step U that any element took. The parameters add these up, and half a unit of their own twice
+    a step. L2 decay gives their errors back to the gradients, where they count less than those.
+
+    Parameters
+    ----------
+    start : ndarray, shape (n,)
+    expected : ndarray, shape (steps, n)
+        The parameters after every step.
+    """
+    way = np.concatenate([start[None], expected])
+    largest = np.abs(np.diff(way, axis=0)).max()
+    steps = np.arange(1, len(way))[:, None]
+    spacing = np.spacing(np.abs(way).max())
+    bound: np.ndarray = steps * (2 * (2 * steps + 16) * largest * EPS[expected.dtype] + 2 * spacing)
+    return bound
+
+
 def update_error(after, before, exact_update) -> np.ndarray:
     """Error of an update beyond storing the parameter twice (decay and update): half an ulp of it each."""
     update = after.astype(exact_update.dtype) - before
