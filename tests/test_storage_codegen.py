@@ -11,9 +11,9 @@ import pytest
 
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
-from fastadam.kernels import compiling, stored
+from fastadam.kernels import compiling, rules, stored
 from fastadam.kernels.rounding import Storage
-from fastadam.kernels.units import COLUMNS
+from fastadam.kernels.units import columns_of
 from fastadam.rounding import rounding
 
 pytestmark = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def assembly(params, grads, states, master, out, flags, *, parallel=False, neare
     scales = tuple(np.empty(0, F32) for _ in states) if is_blocked else None
     storage = Storage(None if nearest else rounding(0, 1, 0), *more, scales)
     pieces, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients = np.empty((0, len(COLUMNS)), F32)
+    coefficients = np.empty((0, len(columns_of(rules.Adam))), F32)
     arguments = (params, grads, tuple(states), pieces, first, first, coefficients)
     dispatcher(*arguments, *c.update(1), c.clear, *storage)
     (text,) = dispatcher.inspect_asm().values()

@@ -11,8 +11,8 @@ from tolerances import assert_same_bits
 
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
-from fastadam.kernels import cpu, tensors, threads
-from fastadam.kernels.units import COLUMNS
+from fastadam.kernels import cpu, rules, tensors, threads
+from fastadam.kernels.units import columns_of
 
 SIZES = [0, 1, 2, 15, 16, 17, 127, 128, 129, 300]
 LARGE = [0, 5, 40_000, 1, 17, 0, 16_384, 999, 25_001]
@@ -55,7 +55,7 @@ class Buffers:
         math = np.float64 if self.kinds[0] == "float64" else np.float32
         updates = [Coefficients(h, np.dtype(math)).update(step, scale) for h, step in of_rows]
         table = np.array([[np.nan if c.decay is None else c.decay[0], *c.rule] for c in updates], math)
-        assert table.shape[1] == len(COLUMNS)
+        assert table.shape[1] == len(columns_of(rules.Adam))
         rows = np.arange(len(self.sizes)) % len(of_rows)
         addresses = [[array.ctypes.data for array in arrays] for arrays in self.arrays]
         places = np.ascontiguousarray(np.stack([self.first, rows, *addresses], axis=1), np.int64)
