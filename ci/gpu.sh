@@ -100,7 +100,7 @@ print(json.dumps(gpu_program.facts(gpu.open_device()), indent=2))
 '
 stage "environment" 60 "$python" -c "$facts"
 
-stage "GPU tests" 130 "${pytest_quiet[@]}" -m gpu "${gpu_tests[@]}"
+stage "GPU tests" 150 "${pytest_quiet[@]}" -m gpu "${gpu_tests[@]}"
 if [ "$code" != 0 ] || ! grep -qE '[0-9]+ passed' "$work/stage.txt"; then failed=1; fi # all skipped is no success
 tests_line=$(tail -n 1 "$work/stage.txt")
 

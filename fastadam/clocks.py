@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastadam import bias_correction, precision, streams
+from fastadam import precision, streams
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
@@ -17,6 +18,7 @@ from fastadam.kernels.cuda_units import DeviceUnits
 from fastadam.kernels.device_storage import StoredTypes
 from fastadam.last_step import Done
 from fastadam.rows import Rows
+from fastadam.rule import Constant, Sequence, unsettled
 from fastadam.segments import Segments
 
 LARGEST_BETA = 1 - 2.0**-18
@@ -37,7 +39,7 @@ class MadeFor(NamedTuple):
 
 
 def require_possible(hyperparameters: Hyperparameters, segments: Segments | None) -> None:
-    """Raise ValueError if the learning rates or bias corrections of all steps do not fit the GPU's memory."""
+    """Raise ValueError if what all steps are formed from does not fit the GPU's memory."""
     if callable(hyperparameters.lr):
         raise ValueError(  # noqa: TRY004 - of its type it may be
             "lr must be a number with capturable=True: a replayed step calls no schedule."
@@ -52,17 +54,32 @@ def require_possible(hyperparameters: Hyperparameters, segments: Segments | None
 
 
 def require_tables(hyperparameters: Hyperparameters, segments: Segments | None) -> None:
-    """Raise ValueError if the bias corrections of all steps do not fit the GPU's memory."""
-    found = {f"betas[{k}]": beta for k, beta in enumerate(hyperparameters.betas)}
+    """Raise ValueError if what coefficients are formed from in all steps does not fit the GPU's memory."""
+    rule, numbers = hyperparameters.rule, hyperparameters.numbers()
+    formed = [(k, column) for k, column in enumerate(rule.columns) if not isinstance(column, Constant)]
+    betas = {f"beta{k + 1}": k for k in range(2)}
+    used = {name: k for name, k in betas.items() if any(name in column.names for _, column in formed)}
+    found = {f"betas[{k}]": numbers[name] for name, k in used.items()}
     if segments is not None:
-        for row, k in np.argwhere(segments.fields[:, _BETAS] > LARGEST_BETA)[:1].tolist():
-            found[f"segments[{row}].betas[{k}]"] = segments.fields[row, _BETAS][k]
+        places = list(used.values())
+        of_segments = segments.fields[:, _BETAS][:, places]
+        for row, k in np.argwhere(of_segments > LARGEST_BETA)[:1].tolist():
+            found[f"segments[{row}].betas[{places[k]}]"] = of_segments[row, k]
     for name, beta in found.items():
         if beta > LARGEST_BETA:
             raise ValueError(
                 f"{name} must be at most {LARGEST_BETA:.9g} where steps are counted on the GPU, which"
                 f" keeps the bias corrections of all of them; got {beta:.17g}."
             )
+    for k, column in formed:
+        if not _settles(column.of(*(numbers[name] for name in column.names))):
+            raise unsettled(rule, k, numbers)
+
+
+@lru_cache(maxsize=64)
+def _settles(sequence: Sequence) -> bool:
+    """Return whether the numbers of a sequence stay from some step on."""
+    return sequence.table() is not None
 
 
 _BETAS = slice(2, 4)
@@ -159,8 +176,7 @@ def _make(
         lrs=lrs,
         weight_decay=h.weight_decay,
         coefficients=[value for part in update if part for value in part],
-        corrections1=bias_correction.table(h.betas[0]),
-        inverse_corrections2=1 / bias_correction.table(h.betas[1]),
+        columns=c.columns(),
         units=units,
         made_for=MadeFor(h, segments, rows),
     )

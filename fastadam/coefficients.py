@@ -12,8 +12,9 @@ from fastadam import bias_correction
 from fastadam.checks import at_least_zero, real
 from fastadam.hyperparameters import Floating, Hyperparameters, Schedule, require_range
 from fastadam.kernels import rules
+from fastadam.kernels.columns import Columns, Formed, laid_out
 from fastadam.kernels.cuda import KernelTypes
-from fastadam.rule import LrOver, PerStep, Rule, Sequence
+from fastadam.rule import LrOver, PerStep, Rule, Sequence, unsettled
 
 _MASK = bias_correction.BLOCK - 1  # it is a power of two
 _BITS = _MASK.bit_length()
@@ -111,7 +112,7 @@ class Coefficients:
             require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
         self.direction = rules.Maximize() if h.maximize else None
-        self._rule: type = rule.coefficients
+        self._of, self._rule = rule, rule.coefficients
         self._values, self._sequences = _split(rule, numbers, dtype)
         self._block: int | None = None
         self.average: rules.Average | None = None
@@ -161,6 +162,22 @@ class Coefficients:
             values[k] = self._rounded(self.lr / of_block[place]) if is_over_lr else of_block[place]
         # What the NamedTuple's constructor does, in half of its time.
         return tuple.__new__(self._rule, values)
+
+    def columns(self) -> Columns:
+        """Return what a GPU forms the rule's coefficients from.
+
+        Raises
+        ------
+        ValueError
+            If one of them never stays as it is.
+        """
+        formed = []
+        for k, is_over_lr, sequence in self._sequences:
+            table = sequence.table()
+            if table is None:
+                raise unsettled(self._of, k, self._numbers)
+            formed.append(Formed(k, is_over_lr, [table], np.zeros(1, np.int64)))
+        return laid_out(formed, 1)
 
     def update(self, step: int, grad_scale: float | None = None, clip_factor: float = 1.0) -> rules.Update:
         """Return all coefficients of step number ``step``.

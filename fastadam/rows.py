@@ -7,7 +7,7 @@ column of them, by the same functions and with the same roundings: the bits are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from fastadam.checks import at_least_zero
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters, outside, require_range
 from fastadam.kernels import rules
+from fastadam.kernels.columns import Formed, laid_out
 from fastadam.kernels.units import Integers, RowTables, row_of
-from fastadam.rule import Constant, LrOver, PerStep, Sequence
+from fastadam.rule import Constant, LrOver, PerStep, Sequence, unsettled
 from fastadam.segments import Numbers, Segments
 
 _OF_SEGMENTS = ("lr", "weight_decay", "beta1", "beta2", "eps")
@@ -160,14 +161,29 @@ class Rows:
         self._lr = changed
 
     def tables(self) -> RowTables:
-        """Return what a GPU forms the coefficients from."""
+        """Return what a GPU forms the coefficients from.
+
+        Raises
+        ------
+        ValueError
+            If one of them never stays as it is.
+        """
         return RowTables(
             self.coefficients,
             self._source,
             self._weight_decay,
-            [(k, is_over_lr, *sequences.tables()) for k, is_over_lr, sequences in self._formed],
+            laid_out([self._table(*formed) for formed in self._formed], len(self._source)),
             self._decoupled,
         )
+
+    def _table(self, k: int, is_over_lr: bool, sequences: _Sequences) -> Formed:
+        tables, of_row = sequences.tables()
+        for which, table in enumerate(tables):
+            if table is None:
+                row = int(np.argmax(of_row == which))
+                numbers = {name: float(values[row]) for name, values in self._numbers.items()}
+                raise unsettled(self._rule, k - 1, numbers, f"segments[{row - 1}]." if row else "")
+        return Formed(k, is_over_lr, cast("list[Numbers]", tables), of_row)
 
     def with_decay(self, c: rules.Update) -> rules.Update:
         """Return the coefficients that are the same for all units, with the decay that any of them has."""

@@ -10,7 +10,7 @@ Hyperparameters are *numbers* by name here; ``betas`` are ``beta1`` and ``beta2`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -23,7 +23,7 @@ Number: TypeAlias = Any
 """A float, or a float64 array of one for each row of a table."""
 
 
-class Sequence(Protocol):
+class Sequence(Hashable, Protocol):
     """A number for each step, counted from 1; hashable, equal where the numbers are the same."""
 
     def __hash__(self) -> int: ...
@@ -96,6 +96,22 @@ class Rule:
     def names(self) -> set[str]:
         """Return the numbers that the coefficients are made of, besides the learning rate."""
         return {name for column in (*self.columns, *self.ranges) for name in column.names} - {"lr"}
+
+
+LABELS = {"beta1": "betas[0]", "beta2": "betas[1]"}
+"""What users call numbers that have another name here."""
+
+
+def unsettled(rule: Rule, column: int, numbers: Mapping[str, float], of: str = "") -> ValueError:
+    """Return the error where a GPU counts steps, but a coefficient never stays; ``of`` is a segment."""
+    names = rule.columns[column].names
+    labels = " and ".join(f"{of if name in LABELS else ''}{LABELS.get(name, name)}" for name in names)
+    values = " and ".join(repr(numbers[name]) for name in names)
+    field = rule.coefficients._fields[column]  # type: ignore[attr-defined]
+    return ValueError(
+        f"{labels} must let {field} settle where steps are counted on the GPU, which keeps a table of it;"
+        f" got {values}."
+    )
 
 
 # --- Columns that rules share -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, SupportsIndex, TypedDict, Unpack, cast
+from typing import Any, SupportsIndex, TypedDict, Unpack, cast, overload
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fastadam.arrays import BackendName, MasterFormat, Number, Rounding, StateFo
 from fastadam.checks import require_flag
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Schedule
+from fastadam.optimizer import FusedOptimizer
 from fastadam.rows import Rows
 from fastadam.segmented import Segmented
 from fastadam.segments import Segment, Segments
@@ -44,37 +45,64 @@ class Options(TypedDict, total=False):
     capturable: bool
 
 
+@overload
 def warmup(
     *,
     dtype: np.dtype[Any] | type[Any] | str = np.float32,
     scaled: bool = False,
     **hyperparameters: Unpack[Options],
+) -> None: ...
+
+
+@overload
+def warmup(
+    *,
+    optimizer: type[FusedOptimizer],
+    dtype: np.dtype[Any] | type[Any] | str = np.float32,
+    scaled: bool = False,
+    **hyperparameters: Any,
+) -> None: ...
+
+
+def warmup(
+    *,
+    optimizer: Any = FusedAdam,
+    dtype: np.dtype[Any] | type[Any] | str = np.float32,
+    scaled: bool = False,
+    **hyperparameters: Any,
 ) -> None:
     """Compile the kernels ahead of the first step, or load them from the disk cache.
 
     Parameters
     ----------
+    optimizer : type, default FusedAdam
+        The class of the optimizer.
     dtype : dtype, default float32
         Of the parameters and the gradients: float32, float64, float16 or bfloat16.
     scaled : bool, default False
         Compile for steps with a ``grad_scale``.
     **hyperparameters
-        Those of :class:`FusedAdam`, ``backend`` and ``capturable`` too: a CUDA backend compiles for the
-        current device. Which kernel is compiled depends on the flags and on whether there is weight decay,
-        not on the numbers.
+        Those of the class, ``backend`` and ``capturable`` too: a CUDA backend compiles for the current
+        device. Which kernel is compiled depends on the flags and on whether there is weight decay, not on the
+        numbers.
 
     Raises
     ------
+    TypeError
+        If ``optimizer`` is none of this package's classes.
     TypeError, ValueError
-        As :class:`FusedAdam` does.
+        As the class does.
 
     Examples
     --------
     >>> import fastadam
     >>> fastadam.warmup(weight_decay=0.01, decoupled_weight_decay=True)
+    >>> fastadam.warmup(optimizer=fastadam.FusedSGD, momentum=0.9)
     """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, FusedOptimizer)):
+        raise TypeError(f"optimizer must be a class such as FusedAdam; got {optimizer!r}.")
     require_flag("scaled", scaled)
-    opt = FusedAdam(**hyperparameters)
+    opt = optimizer(**hyperparameters)
     h = opt._hyperparameters
     params = cast("buffers.Array", buffers.flat(np.empty(0, dtype), "dtype", writable=True))
     c = Coefficients(h, formats.math_of(params.dtype))

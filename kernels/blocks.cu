@@ -214,7 +214,7 @@ template <int N> struct Held {
             if constexpr (IS_THERE<State2>) now[2] = decoded(state2[k], views.of2, bad.old.of[2]);
             if constexpr (IS_THERE<State3>) now[3] = decoded(state3[k]);
             const Real before = number(k), given = decoded(grad[k]);
-            auto [param_now, state] = update(before, given, pack_state(now), c);
+            auto [param_now, state] = update(before, given, pack_state<STATES>(now), c);
             unpack_state(state, now);
             const auto words = rounding.words(at.index(k));
             encode_state(now[0], state0[k], words, 0, views.of0, bad.clamps);

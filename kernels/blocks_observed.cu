@@ -28,8 +28,8 @@ struct Watched {
         return start + ((threadIdx.x % LANES_OF_WARP - (start - origin)) & (LANES_OF_WARP - 1));
     }
     METHOD Apart<LANES> whole(long long block) const { return {first(block * BLOCK)}; }
-    METHOD void see(Real before, Real grad, Real after, Real exp_avg, Real step_size) {
-        observed.see(before, grad, after, exp_avg, step_size);
+    METHOD void see(Real before, Real grad, Real after, Real moved_by, Real step_size) {
+        observed.see(before, grad, after, moved_by, step_size);
     }
 };
 

@@ -18,28 +18,35 @@ struct Form {
     const double* lrs;
     long long lr_base, lr_count;
     double weight_decay;
-    const double* corrections1;
-    long long count1;
-    const double* inverse_corrections2;
-    long long count2;
+    const Column* columns;
+    long long n_columns;
+    const double* numbers;
     Real* coefficients;
-    long long step_size_at, inverse_at, decay_at, scale_at, clip_at;
+    long long decay_at, scale_at, clip_at;
     long long* skip;
     double* report;
 
-    // One thread. Changes nothing but the coefficients, the flag and the report: it may be repeated.
+    METHOD double lr() const {
+        const long long at = *step - lr_base;
+        return lrs[at < lr_count ? at : lr_count - 1];
+    }
+    // What follows changes nothing but the coefficients, the flag and the report: it may be repeated.
+    //
+    // Those of the rule: a thread takes a coefficient at a time.
+    METHOD void form_rule() const {
+#pragma unroll 1
+        for (long long k = threadIdx.x; k < n_columns; k += blockDim.x)
+            columns[k].form(coefficients, numbers, lr(), *step);
+    }
+    // The others. One thread.
     METHOD void form(double scale, double norm, double clip_factor, long long nonfinite, bool skipped) const {
-        const long long taken = *step, at = taken - lr_base;
-        const double lr = lrs[at < lr_count ? at : lr_count - 1];
-        const double correction1 = corrections1[(taken < count1 ? taken + 1 : count1) - 1];
-        coefficients[step_size_at] = rounded(step_size(lr, correction1));
-        coefficients[inverse_at] = rounded(inverse_corrections2[(taken < count2 ? taken + 1 : count2) - 1]);
-        coefficients[decay_at] = rounded(lr_times_weight_decay(lr, weight_decay));
+        const long long taken = *step;
+        coefficients[decay_at] = rounded(lr_times_weight_decay(lr(), weight_decay));
         coefficients[scale_at] = rounded(scale);
         coefficients[clip_at] = rounded(clip_factor);
         *skip = skipped;
         report[NORM] = norm, report[CLIP_FACTOR] = clip_factor, report[SKIPPED] = skipped;
-        report[NONFINITE] = double(nonfinite), report[STEP] = double(skipped ? taken : taken + 1), report[LR] = lr;
+        report[NONFINITE] = double(nonfinite), report[STEP] = double(skipped ? taken : taken + 1), report[LR] = lr();
         report[SCALE] = scale;
     }
 };
@@ -51,28 +58,32 @@ DEVICE double scale_of(double value, const float* narrow, const double* broad, l
 
 #define FORM_PARAMETERS                                                                                          \
     double scale, const float *scale32, const double *scale64, long long scale_bytes, const long long *step,     \
-        const double *lrs, long long lr_base, long long lr_count, double weight_decay,                           \
-        const double *corrections1, long long count1, const double *inverse_corrections2, long long count2,      \
-        Real *coefficients, long long step_size_at, long long inverse_at, long long decay_at,                    \
-        long long scale_at, long long clip_at, long long *skip, double *report
+        const double *lrs, long long lr_base, long long lr_count, double weight_decay, const Column *columns,    \
+        long long n_columns, const double *numbers, Real *coefficients, long long decay_at, long long scale_at,  \
+        long long clip_at, long long *skip, double *report
 #define FORM                                                                                                     \
-    Form{step, lrs, lr_base, lr_count, weight_decay, corrections1, count1, inverse_corrections2, count2,         \
-         coefficients, step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report}
+    Form{step, lrs, lr_base, lr_count, weight_decay, columns, n_columns, numbers,                                \
+         coefficients, decay_at, scale_at, clip_at, skip, report}
 
+// One block.
 extern "C" __global__ void form_coefficients(FORM_PARAMETERS) {
-    FORM.form(scale_of(scale, scale32, scale64, scale_bytes), 0, 1, 0, false);
+    const Form form = FORM;
+    form.form_rule();
+    if (threadIdx.x == 0) form.form(scale_of(scale, scale32, scale64, scale_bytes), 0, 1, 0, false);
 }
 
 // One block. Sums what `measure` left, chunk by chunk, from `sums` to behind it, and decides.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decide(Sums* sums, long long left, long long clips, double max_norm, long long skips, FORM_PARAMETERS) {
     __shared__ Sums lanes[1][THREADS];
+    const Form form = FORM;
+    form.form_rule();  // while sums are fetched
     const Sums total = sum_all(lanes, sums, left);
     if (threadIdx.x != 0) return;
     const double by = scale_of(scale, scale32, scale64, scale_bytes);
     const double norm = over(root(total.squares), by);
     const double factor = clips ? clip_factor(norm, max_norm, CLIP_EPS, 1.0) : 1.0;
-    FORM.form(by, norm, factor, total.count, skips && total.count > 0);
+    form.form(by, norm, factor, total.count, skips && total.count > 0);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)

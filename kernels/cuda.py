@@ -92,6 +92,11 @@ class KernelTypes(NamedTuple):
         return self[2:7]
 
     @property
+    def n_moments(self) -> int:
+        """The states that are the rule's: all but an average."""
+        return self.n_states - (self.average is not type(None))
+
+    @property
     def coefficients(self) -> tuple[str, ...]:
         """The names of the coefficients, in the order in which a kernel takes them."""
         return tuple(field for part in self.parts for field in getattr(part, "_fields", ()))

@@ -27,7 +27,7 @@ from .cuda_block_views import (
 from .cuda_loop import make_update, pick
 from .cuda_seen import make_see_stored
 from .cuda_stored_loop import TOGETHER, at_place, make_rounding, make_stage, use_of
-from .cuda_units_loop import load_row, make_updates
+from .cuda_units_loop import make_load_row, make_updates
 from .device_storage import StoredTypes
 from .grids import BLOCK as THREADS
 from .groups import BLOCK, KEPT
@@ -126,12 +126,12 @@ class Elements:
             store(out_of(arrays), k, param)
             if clears_stepped:
                 arrays[1][k] = 0
-            return see(seen, before, grad, arrays[0], master, states[0], k, c.rule.step_size)
+            return see(seen, before, grad, arrays[0], master, states, k, c.rule.step_size)
 
         @cuda.jit(device=True)
         def see_one(arrays: Any, k: int, before: Any, step_size: Any, seen: Any) -> Any:
             grad, states, master = load(arrays[1], k), states_of(arrays), master_of(arrays)
-            return see(seen, before, grad, arrays[0], master, states[0], k, step_size)
+            return see(seen, before, grad, arrays[0], master, states, k, step_size)
 
         @cuda.jit(device=True)
         def step(
@@ -191,7 +191,7 @@ def make_of_source(kinds: KernelTypes, function: Any, *, units: bool) -> Any:
             return function(source[0], arguments)
 
         return cuda.jit(device=True)(of_source)
-    decayed, undecayed = make_updates(kinds)
+    (decayed, undecayed), load_row = make_updates(kinds), make_load_row(kinds)
     has_decay = kinds.decay is not type(None)
 
     def of_row(source: Any, row: int, arguments: Any) -> Any:

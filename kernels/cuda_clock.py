@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import grids
+from .columns import Columns
 from .cuda import Cuda, DeviceBuffer, KernelTypes, Look, same_stream
 from .cuda_units import DeviceUnits, Launch
-from .tree import CHUNK
+from .tree import CHUNK, LANES
 
-_FORMED = ("step_size", "inv_bias_correction2", "lr_times_weight_decay", "grad_scale", "clip_factor")
-"""The coefficients that are formed on the device, in the order in which kernels take their places."""
+_FORMED = ("lr_times_weight_decay", "grad_scale", "clip_factor")
+"""The coefficients besides the rule's that are formed on the device, in the order in which kernels take their
+places."""
 
 REPORTS = 256
 """Steps whose reports are kept."""
@@ -54,9 +56,8 @@ class Clock:
     weight_decay : float
     coefficients : sequence of scalar
         Of any step; those that change from step to step are formed on the device.
-    corrections1, inverse_corrections2 : ndarray of float64
-        The bias correction of the first moment and the inverse of the second's by step, from 1 on; the last
-        is also that of all later steps.
+    columns : Columns
+        What those of the rule are formed from, which change from step to step; one row.
     units : DeviceUnits, optional
         What is stepped, where it is not all the buffer with one set of coefficients, or is observed.
     made_for : object
@@ -74,16 +75,19 @@ class Clock:
         lrs: Any,
         weight_decay: float,
         coefficients: Sequence[Any],
-        corrections1: np.ndarray[Any, np.dtype[np.float64]],
-        inverse_corrections2: np.ndarray[Any, np.dtype[np.float64]],
+        columns: Columns,
         units: DeviceUnits | None = None,
         made_for: object = None,
     ) -> None:
         spare = np.zeros(1, types.dtype)  # where a kernel puts what this rule does not have
+        names = [
+            field for part in types.parts[:3] for field in getattr(part, "_fields", ())
+        ]  # before the rule's
+        table, numbers = columns.moved(len(names))
         parts = [
             np.array([step, 0, 0, 0], np.int64),  # the counter, whether the step is skipped, and its keys
-            corrections1,
-            inverse_corrections2,
+            table.reshape(-1),
+            numbers,
             np.zeros(REPORTS * len(Report._fields)),
             np.concatenate([np.array(coefficients, types.dtype), spare]),
         ]
@@ -93,7 +97,7 @@ class Clock:
         self._memory = backend.to_device(image, device, stream)
         address = backend.address(self._memory)
         sizes = [part.nbytes for part in parts]
-        at_step, first, second, self._reports, at_coefficients = (
+        at_step, at_table, at_numbers, self._reports, at_coefficients = (
             address + sum(sizes[:k]) for k in range(len(sizes))
         )
         at_skip = at_step + 8
@@ -101,9 +105,9 @@ class Clock:
         self.arguments = (at_coefficients, at_step, at_skip)  # of the kernel of a step
         self._reports_from = sum(sizes[:3])
 
-        names = types.coefficients
-        places = (names.index(name) if name in names else len(names) for name in _FORMED)
-        tables = (first, corrections1.size, second, inverse_corrections2.size)
+        spare_at = len(types.coefficients)
+        places = (names.index(name) if name in names else spare_at for name in _FORMED)
+        tables = (at_table, table.shape[1], at_numbers)
         self._before_lrs = (at_step,)
         self._after_lrs = (weight_decay, *tables, at_coefficients, *places, at_skip)
         self._kernels: dict[tuple[str, Any], Any] = {}
@@ -136,7 +140,7 @@ class Clock:
             scale = (look.grad_scale, place, place, look.scale_there.dtype.itemsize)
         form = (*scale, *self._before_lrs, *self._lr_arguments, *self._after_lrs, self._slot)
         if not look.reads_gradients_first:
-            launches = [(self._kernel("form_coefficients"), 1, 1, form)]
+            launches = [(self._kernel("form_coefficients"), 1, LANES, form)]
         else:
             launches, sums, left = self._measure(grads, stream)
             clips, limit = look.max_grad_norm is not None, look.max_grad_norm or 0.0

@@ -108,36 +108,37 @@ def scale_of(value: float, narrow: Any, wide: Any, nbytes: int) -> Any:
 
 
 @cuda.jit(device=True)
-def form(
-    scale: float,
-    norm: float,
-    factor: float,
-    nonfinite: float,
-    skipped: int,
-    step: Any,
-    lrs: Any,
-    lr_base: int,
-    lr_count: int,
-    weight_decay: float,
-    corrections1: Any,
-    count1: int,
-    inverse_corrections2: Any,
-    count2: int,
-    coefficients: Any,
-    step_size_at: int,
-    inverse_at: int,
-    decay_at: int,
-    scale_at: int,
-    clip_at: int,
-    skip: Any,
-    report: Any,
+def form_column(
+    coefficients: Any, begin: int, columns: Any, k: int, numbers: Any, lr: float, taken: int
 ) -> None:
-    """Form the coefficients of the next step, the flag and the report; one thread, and may be repeated."""
+    """Form a coefficient of a row, which begins at ``begin``, of the next step: ``Column::form``."""
+    number = numbers[columns[4 * k + 2] + min(taken, columns[4 * k + 3] - 1)]
+    formed = rules.step_size(lr, number) if columns[4 * k + 1] != 0 else number
+    coefficients[begin + columns[4 * k]] = formed
+
+
+@cuda.jit(device=True)
+def form_rule(
+    step: Any, lrs: Any, lr_base: int, lr_count: int, columns: Any, n_columns: int, numbers: Any,
+    coefficients: Any,
+) -> None:  # fmt: skip
+    """Form the rule's coefficients of the next step; one block, of which a thread takes one at a time."""
+    taken = step[0]
+    k = cuda.threadIdx.x
+    while k < n_columns:
+        form_column(coefficients, 0, columns, k, numbers, lrs[min(taken - lr_base, lr_count - 1)], taken)
+        k += cuda.blockDim.x
+
+
+@cuda.jit(device=True)
+def form(
+    scale: float, norm: float, factor: float, nonfinite: float, skipped: int,
+    step: Any, lrs: Any, lr_base: int, lr_count: int, weight_decay: float, coefficients: Any,
+    decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
+) -> None:  # fmt: skip
+    """Form the other coefficients, the flag and the report; one thread, and may be repeated."""
     taken = step[0]
     lr = lrs[min(taken - lr_base, lr_count - 1)]
-    correction1 = corrections1[min(taken + 1, count1) - 1]
-    coefficients[step_size_at] = rules.step_size(lr, correction1)
-    coefficients[inverse_at] = inverse_corrections2[min(taken + 1, count2) - 1]
     coefficients[decay_at] = rules.lr_times_weight_decay(lr, weight_decay)
     coefficients[scale_at] = scale
     coefficients[clip_at] = factor
@@ -149,28 +150,30 @@ def form(
 def form_coefficients(
     scale: float, scale32: Any, scale64: Any, scale_bytes: int,
     step: Any, lrs: Any, lr_base: int, lr_count: int, weight_decay: float,
-    corrections1: Any, count1: int, inverse_corrections2: Any, count2: int, coefficients: Any,
-    step_size_at: int, inverse_at: int, decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
+    columns: Any, n_columns: int, numbers: Any, coefficients: Any,
+    decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
 ) -> None:  # fmt: skip
-    """Form the coefficients of the next step; one thread."""
-    form(
-        scale_of(scale, scale32, scale64, scale_bytes), 0.0, 1.0, 0.0, 0,
-        step, lrs, lr_base, lr_count, weight_decay,
-        corrections1, count1, inverse_corrections2, count2, coefficients,
-        step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report,
-    )  # fmt: skip
+    """Form the coefficients of the next step; one block."""
+    form_rule(step, lrs, lr_base, lr_count, columns, n_columns, numbers, coefficients)
+    if cuda.threadIdx.x == 0:
+        form(
+            scale_of(scale, scale32, scale64, scale_bytes), 0.0, 1.0, 0.0, 0,
+            step, lrs, lr_base, lr_count, weight_decay, coefficients,
+            decay_at, scale_at, clip_at, skip, report,
+        )  # fmt: skip
 
 
 def decide(
     sums: Any, left: int, clips: int, max_norm: float, skips: int,
     scale: float, scale32: Any, scale64: Any, scale_bytes: int,
     step: Any, lrs: Any, lr_base: int, lr_count: int, weight_decay: float,
-    corrections1: Any, count1: int, inverse_corrections2: Any, count2: int, coefficients: Any,
-    step_size_at: int, inverse_at: int, decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
+    columns: Any, n_columns: int, numbers: Any, coefficients: Any,
+    decay_at: int, scale_at: int, clip_at: int, skip: Any, report: Any,
 ) -> None:  # fmt: skip
     """Sum what ``measure`` left, level by level, and decide; one block."""
     squares = cuda.shared.array(BLOCK, float64)  # in two lines: the simulator tells them by their line
     nonfinite = cuda.shared.array(BLOCK, float64)
+    form_rule(step, lrs, lr_base, lr_count, columns, n_columns, numbers, coefficients)
     total, count = sum_all(squares, nonfinite, sums, 0, left)
     if cuda.threadIdx.x != 0:
         return
@@ -182,9 +185,7 @@ def decide(
     skipped = 1 if skips != 0 and count > 0 else 0
     form(
         by, norm, factor, count, skipped,
-        step, lrs, lr_base, lr_count, weight_decay,
-        corrections1, count1, inverse_corrections2, count2, coefficients,
-        step_size_at, inverse_at, decay_at, scale_at, clip_at, skip, report,
+        step, lrs, lr_base, lr_count, weight_decay, coefficients, decay_at, scale_at, clip_at, skip, report,
     )  # fmt: skip
 
 

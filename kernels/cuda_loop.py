@@ -36,9 +36,9 @@ def update_lanes(lanes: Any, c: Any, clear: Any) -> Any:
     return tuple(update_lane(lane, c, clear) for lane in lanes)
 
 
-def pick(values: Any, places: tuple[int, ...]) -> Any:
-    """Return a tuple of the values at some places."""
-    return tuple(values[place] for place in places)
+def pick(values: Any, places: tuple[int, ...], begin: int = 0) -> Any:
+    """Return a tuple of the values at some places, counted from ``begin``."""
+    return tuple(values[begin + place] for place in places)
 
 
 @overload(update_lane, jit_options=JIT_OPTIONS, strict=False)
@@ -67,10 +67,13 @@ def _update_lanes(lanes: Any, c: Any, clear: Any) -> Any:
 
 
 @overload(pick, jit_options=JIT_OPTIONS, strict=False)
-def _pick(values: Any, places: Any) -> Any:
+def _pick(values: Any, places: Any, begin: Any = 0) -> Any:
     if len(places) == 1:
-        return lambda values, places: (values[places[0]],)
-    return lambda values, places: (values[places[0]], *pick(values, places[1:]))
+        return lambda values, places, begin=0: (values[begin + places[0]],)
+    return lambda values, places, begin=0: (
+        values[begin + places[0]],
+        *pick(values, places[1:], begin),
+    )
 
 
 # --- Packs: 16-byte accesses, which Numba does not make by itself -------------------------------------------

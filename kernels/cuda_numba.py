@@ -66,14 +66,15 @@ _INTEGER, _DOUBLE = types.int64, types.float64
 _INTEGERS, _DOUBLES = types.CPointer(_INTEGER), types.CPointer(_DOUBLE)
 _SCALE = (_DOUBLE, types.CPointer(types.float32), _DOUBLES, _INTEGER)
 _LRS = (_DOUBLES, _INTEGER, _INTEGER)
-_TABLES = (_DOUBLES, _INTEGER, _DOUBLES, _INTEGER)
+_COLUMNS = (_INTEGERS, _INTEGER, _DOUBLES)
 
 
 def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
     number = types.float32 if kinds.dtype == np.float32 else types.float64
     pointer = types.CPointer(number)
     grads = _pointer_to(kinds.grads)
-    form = (*_SCALE, _INTEGERS, *_LRS, _DOUBLE, *_TABLES, pointer, *[_INTEGER] * 5, _INTEGERS, _DOUBLES)
+    form = (*_SCALE, _INTEGERS, *_LRS, _DOUBLE, *_COLUMNS, pointer, *[_INTEGER] * 3, _INTEGERS, _DOUBLES)
+    row = (pointer, _INTEGER, _INTEGER, _INTEGERS, _DOUBLES)
     without_rule = {
         "set_lr": (_DOUBLES, _DOUBLE),
         "accumulate": (pointer, grads, _INTEGER, _INTEGER),
@@ -84,7 +85,7 @@ def _signature(entry: str, kinds: KernelTypes) -> tuple[Any, ...]:
         "decide": (_DOUBLES, _INTEGER, _INTEGER, _DOUBLE, _INTEGER, *form),
         "measure_units": (grads, _INTEGERS, _INTEGER, _DOUBLES),
         "sum_groups": (_DOUBLES, _INTEGERS, _INTEGER, _DOUBLES, _INTEGER, _INTEGER),
-        "form_rows": (pointer, _INTEGER, _INTEGERS, _DOUBLES, _DOUBLES, _INTEGER, _INTEGERS, *_LRS),
+        "form_rows": (*row, *_COLUMNS, _INTEGER, _INTEGERS, *_LRS),
         "conclude": (_DOUBLES, _INTEGER, _INTEGER, _INTEGERS, _DOUBLES),
         "clear_units": (grads, _INTEGERS, _INTEGER),
     }

@@ -23,17 +23,17 @@ SHARED = SEEN * BLOCK
 def make_see(*, observed: bool) -> Any:
     """Return the device function that adds an element to what was seen, or nothing.
 
-    ``exp_avg`` is the first moment afterwards, or what is zero where that is.
+    ``moved_by`` is what is zero where there is no update.
     """
 
-    def see_nothing(seen: Any, before: Any, grad: Any, after: Any, exp_avg: Any, step_size: Any) -> Any:
+    def see_nothing(seen: Any, before: Any, grad: Any, after: Any, moved_by: Any, step_size: Any) -> Any:
         return seen
 
-    def see(seen: Any, before: Any, grad: Any, after: Any, exp_avg: Any, step_size: Any) -> Any:
+    def see(seen: Any, before: Any, grad: Any, after: Any, moved_by: Any, step_size: Any) -> Any:
         value, was, now = np.float64(grad), np.float64(before), np.float64(after)
         change = now - was
         nonfinite = 1.0 if value - value != 0 else 0.0
-        vanishes = rules.vanishes(before, after, exp_avg, step_size)
+        vanishes = rules.vanishes(before, after, moved_by, step_size)
         return (
             seen[0] + value * value,
             seen[1] + change * change,
@@ -45,30 +45,35 @@ def make_see(*, observed: bool) -> Any:
     return cuda.jit(device=True)(see if observed else see_nothing)
 
 
-def make_see_stored(*, in_blocks: bool, observed: bool) -> Any:
-    """Return that which finds the parameter and the moment at ``k`` of buffers, where they were stored.
+def make_see_stored(*, in_blocks: bool, has_moments: bool = True, observed: bool) -> Any:
+    """Return that which finds the parameter and the first moment at ``k`` of buffers, where they were stored.
 
     ``in_blocks`` is whether the moment has 8 bits: it is zero where its magnitude is, whatever the scale.
+    Where there is none, ``has_moments`` false, the gradient takes its place.
     """
     see = make_see(observed=True)
 
-    def moment_in_block(exp_avg: Any, k: int) -> Any:
-        return exp_avg[k] & 127
+    def moment_in_block(states: Any, k: int, grad: Any) -> Any:
+        return states[0][k] & 127
 
-    def moment_alone(exp_avg: Any, k: int) -> Any:
-        return load(exp_avg, k)
+    def moment_alone(states: Any, k: int, grad: Any) -> Any:
+        return load(states[0], k)
 
-    moment = cuda.jit(device=True)(moment_in_block if in_blocks else moment_alone)
+    def no_moment(states: Any, k: int, grad: Any) -> Any:
+        return grad
+
+    moved = moment_in_block if in_blocks else moment_alone if has_moments else no_moment
+    moved_by = cuda.jit(device=True)(moved)
 
     def see_nothing(
-        seen: Any, before: Any, grad: Any, params: Any, master: Any, exp_avg: Any, k: int, step_size: Any
+        seen: Any, before: Any, grad: Any, params: Any, master: Any, states: Any, k: int, step_size: Any
     ) -> Any:
         return seen
 
     def see_stored(
-        seen: Any, before: Any, grad: Any, params: Any, master: Any, exp_avg: Any, k: int, step_size: Any
+        seen: Any, before: Any, grad: Any, params: Any, master: Any, states: Any, k: int, step_size: Any
     ) -> Any:
-        return see(seen, before, grad, load_param(params, master, k), moment(exp_avg, k), step_size)
+        return see(seen, before, grad, load_param(params, master, k), moved_by(states, k, grad), step_size)
 
     return cuda.jit(device=True)(see_stored if observed else see_nothing)
 

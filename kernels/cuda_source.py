@@ -25,8 +25,6 @@ from .units import columns_of
 OPTIONS = ("--std=c++20",)
 """For NVRTC, which knows C++20 from CUDA 12 on."""
 
-COLUMNS = columns_of(rules.Adam)
-
 _TYPES = {
     "float32": (
         'using Scalar = float;\n#define SUFFIX "f32"\n#define LETTER "f"\n#define ROUND "cvt.rn.f32.f64"\n'
@@ -48,7 +46,7 @@ def source_of(entry: str, types: KernelTypes) -> str:
 def source(types: KernelTypes, *, units: bool = False, observed: bool = False, tensors: bool = False) -> str:
     """Return the source of the kernels for some types, of float32 or float64.
 
-    With states it has ``step`` and ``step_captured``; with none, the others. With ``units`` it has those of
+    With a rule it has ``step`` and ``step_captured``; without, the others. With ``units`` it has those of
     ``UNIT_STEPS``, or of ``UNIT_ENTRIES``; of other than plain storage only that which is asked for. With
     ``tensors`` it has that of ``STEP_TENSORS``.
     """
@@ -60,7 +58,7 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False, t
     if types.rule is type(None):
         parts.append(f"using Grad = {cuda_stored_source.name_of(types.grads)};")
         formed = (rules.step_size, rules.lr_times_weight_decay, rules.clip_factor)
-        schedule = [translate(function, {}) for function in formed]
+        schedule = [*(translate(function, {}) for function in formed), _read("columns.cu")]
         if units:
             return "\n\n".join([*parts, *schedule, _read("rows.cu")])
         return "\n\n".join(
@@ -74,7 +72,7 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False, t
         rules.split: {},
         rules.join: {},
     }
-    parts.append(translate(rules.update, choices))
+    parts += [f"enum {{ MOMENTS = {types.n_moments} }};", translate(rules.update, choices)]
     if units:
         parts += [translate(rules.vanishes, {}), _read("units.cu")]
     if types.stored is not None:
@@ -83,7 +81,7 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False, t
         parts += [_read("blocks.cu")] if in_blocks else []
         parts += [_read("blocks_observed.cu")] if in_blocks and observed else []
     if tensors:
-        parts += [f"enum {{ COLUMNS = {len(COLUMNS)} }};", _read("tensors.cu")]
+        parts.append(_read("tensors.cu"))
         return "\n\n".join([*parts, _tensor_step(types)])
     return "\n\n".join([*parts, _unit_steps(types, observed=observed) if units else _steps(types)])
 
@@ -91,8 +89,7 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False, t
 def _sizes() -> str:
     return f"""constexpr int THREADS = {grids.BLOCK}, TREE_LANES = {LANES};
 constexpr long long CHUNK = {CHUNK};
-enum {{ RESIDENT = {grids.RESIDENT}, COLUMNS = {len(COLUMNS)} }};
-enum {{ {", ".join(f"{name.upper()}_AT" for name in COLUMNS)} }};"""
+enum {{ RESIDENT = {grids.RESIDENT} }};"""
 
 
 def _read(name: str) -> str:
@@ -118,15 +115,15 @@ def _braced(types: KernelTypes, values: list[str]) -> list[str]:
 def _buffers(types: KernelTypes) -> str:
     if types.stored is not None:
         return cuda_stored_source.buffers(types)
-    moments = ", ".join(f"Real* state{k}" for k in range(types.n_states))
     grads = "const Real* grads" if types.clear is type(None) else "Real* grads"
-    return f"Real* params, {grads}, {moments}"
+    return ", ".join(["Real* params", grads, *(f"Real* state{k}" for k in range(types.n_states))])
 
 
 def _states(types: KernelTypes) -> str:
     if types.stored is not None:
         return cuda_stored_source.together(types)
-    return f"Real* const states[] = {{{', '.join(f'state{k}' for k in range(types.n_states))}}};"
+    states = ", ".join(f"state{k}" for k in range(types.n_states))
+    return f"Real* const states[room<{types.n_states}>] = {{{states}}};"
 
 
 _COUNT = "if (!*skip && blockIdx.x == 0 && threadIdx.x == 0) *step += 1;"
@@ -145,7 +142,7 @@ def _kernel(resident: int) -> str:
 _LOOP = """const auto update_element = [&](Real param, Real grad, auto state) {{
         return update(param, grad, state, c);
     }};
-    step_elements(params, grads, states, size, head, packs, {skip}, update_element{by});"""
+    step_elements<{states}>(params, grads, states, size, head, packs, {skip}, update_element{by});"""
 _STORED_LOOP = "step_stored(arrays, size, head, packs, {skip}, rounding, c{by});"
 _BLOCK_LOOP = "step_in_blocks(arrays, scales, size, head, packs, {skip}, rounding, c);"
 _DECIDED = "const Real* coefficients, long long* step, const long long* skip"
@@ -162,7 +159,7 @@ def _steps(types: KernelTypes) -> str:
         return f"""{{
     {_states(types)}{keys}
     const Update c{{{", ".join(_braced(types, coefficients))}}};
-    {loop.format(skip=skip, by="")}{last}
+    {loop.format(skip=skip, states=types.n_states, by="")}{last}
 }}"""
 
     passed = ", ".join(f"Real {value}" for value in values)
@@ -180,14 +177,14 @@ step_captured({_buffers(types)}{captured.parameters}, {layout}, {_DECIDED})
 
 def _of_row(types: KernelTypes, values: list[str]) -> tuple[str, str]:
     """Return what an update is of which the decay and the rule come from a row, and what reads one."""
-    kinds, decays = _kinds(types), types.decay is not type(None)
+    kinds, decays, columns = _kinds(types), types.decay is not type(None), len(columns_of(types.rule))
     if decays:
         kinds[2] = f"Perhaps<{kinds[2]}>"
     parts = _braced(types, values)
     parts[2] = "{{row[0]}, row[0] == row[0]}" if decays else "{}"
-    parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, len(COLUMNS)))}}}"
+    parts[3] = f"{{{', '.join(f'row[{k}]' for k in range(1, columns))}}}"
     coefficients = f"""[&](long long at) {{
-        const Real* const row = rows + COLUMNS * at;
+        const Real* const row = rows + {columns} * at;
         return Update{{{", ".join(parts)}}};
     }}"""
     return _update(kinds), coefficients
@@ -207,7 +204,7 @@ def _tensor_step(types: KernelTypes) -> str:
         f"{kind}* const {name} = element<{kind}>(place[{column}], start);"
         for kind, name, column in zip(kinds, names, columns, strict=True)
     )
-    loop = (_LOOP if plain else _STORED_LOOP).format(skip="false", by=", of_block()")
+    loop = (_LOOP if plain else _STORED_LOOP).format(skip="false", states=n, by=", of_block()")
     rounding = "" if plain else cuda_stored_source.keys(types)[0].rounding
     return f"""
 {update}

@@ -65,13 +65,13 @@ class DeviceUnits:
         self.observed = observed
         self._backend, self._device, self._types = backend, device, types
         chunks = RunChunks(units)
-        self._chunks, self._rows = len(chunks.bounds), len(rows.places)
+        self._chunks, self._rows = len(chunks.bounds), len(rows.sources)
         gaps = RunChunks(units.gaps(size)).bounds
         self._gaps = len(gaps)
         self._resident = backend.resident_threads(device)
 
-        tables: list[Any] = [chunks.bounds, chunks.pieces, chunks.first_piece, gaps, rows.places]
-        tables += [rows.weight_decays, rows.corrections, *chunks.levels, rows.coefficients]
+        tables: list[Any] = [chunks.bounds, chunks.pieces, chunks.first_piece, gaps, rows.sources]
+        tables += [rows.weight_decays, *rows.columns, *chunks.levels, rows.coefficients]
         self._memory, starts = self._placed(tables, stream)
         self._size, self._of_blocks = size, None
         if in_blocks:
@@ -80,12 +80,14 @@ class DeviceUnits:
             self._of_blocks, self._across = (of_block, pieces, first), found.across
             self._kept_memory = backend.zeros(_KEPT * max(found.across, 1), device, stream)
             self._kept = backend.address(self._kept_memory)
-        self._bounds, self._pieces, self._first, self._gaps_at, self._places = starts[:5]
-        self._weight_decays, self._corrections = starts[5:7]
-        self._coefficients, self._decoupled = starts[-1], int(rows.decoupled)
+        self._bounds, self._pieces, self._first, self._gaps_at, sources, weight_decays = starts[:6]
+        width, n_columns = rows.coefficients.shape[1], rows.columns.table.shape[1]
+        self._coefficients = starts[-1]
+        of_rows = (self._coefficients, self._rows, width, sources, weight_decays)
+        self._forming = (*of_rows, starts[6], n_columns, starts[7], int(rows.decoupled))
 
         self._levels: list[tuple[int, int]] = [
-            (at, len(groups)) for at, groups in zip(starts[7:-1], chunks.levels, strict=True)
+            (at, len(groups)) for at, groups in zip(starts[8:-1], chunks.levels, strict=True)
         ]
         self._apart = _sums_of(self._chunks, chunks.levels)
         arrays = 3 if observed else 1
@@ -132,10 +134,8 @@ class DeviceUnits:
 
     def form(self, step: int, lrs: tuple[int, int, int]) -> Launch:
         """Return what forms the coefficients of the next step, from the step counter and learning rates."""
-        tables = (self._places, self._weight_decays, self._corrections, self._decoupled)
         blocks = grids.blocks(self._rows, 0, 1, self._resident)
-        arguments = (self._coefficients, self._rows, *tables, step, *lrs)
-        return self._kernel("form_rows"), blocks, grids.BLOCK, arguments
+        return self._kernel("form_rows"), blocks, grids.BLOCK, (*self._forming, step, *lrs)
 
     def clear_gaps(self, grads: int, dtype: np.dtype[Any]) -> list[Launch]:
         """Return what clears the gradients that no unit covers."""

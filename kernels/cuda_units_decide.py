@@ -12,18 +12,12 @@ import numpy as np
 from numba import cuda, float64
 
 from . import rules
-from .cuda_decide import fold, sum_all
+from .cuda_decide import fold, form_column, sum_all
 from .grids import BLOCK
 from .storage import load
 from .tree import LANES
-from .units import columns_of
 
 _WARPS = BLOCK // LANES
-COLUMNS = columns_of(rules.Adam)
-_WIDTH = len(COLUMNS)
-_DECAY, _STEP_SIZE, _INVERSE = (
-    COLUMNS.index(name) for name in ("decay", "step_size", "inv_bias_correction2")
-)
 
 
 def measure_units(grads: Any, bounds: Any, chunks: int, sums: Any) -> None:
@@ -80,21 +74,25 @@ def sum_groups(source: Any, groups: Any, count: int, to: Any, arrays: int, apart
 
 
 def form_rows(
-    rows: Any, count: int, places: Any, weight_decays: Any, corrections: Any, decoupled: int,
+    rows: Any, count: int, width: int, sources: Any, weight_decays: Any,
+    columns: Any, n_columns: int, numbers: Any, decoupled: int,
     step: Any, lrs: Any, lr_base: int, lr_count: int,
 ) -> None:  # fmt: skip
-    """Form the coefficients of each row that change from step to step; a thread takes a row at a time."""
+    """Form the coefficients of each row that change from step to step; a thread takes a row at a time.
+
+    The decay's is the first of a row, where that is decoupled.
+    """
     taken = step[0]
     at = min(taken - lr_base, lr_count - 1)
     row = cuda.grid(1)
     while row < count:
-        lr = lrs[places[5 * row] * lr_count + at]
-        at1 = places[5 * row + 1] + min(taken, places[5 * row + 2] - 1)
-        at2 = places[5 * row + 3] + min(taken, places[5 * row + 4] - 1)
-        rows[_WIDTH * row + _STEP_SIZE] = rules.step_size(lr, corrections[at1])
-        rows[_WIDTH * row + _INVERSE] = corrections[at2]
+        lr = lrs[sources[row] * lr_count + at]
+        k = row * n_columns
+        while k < (row + 1) * n_columns:
+            form_column(rows, width * row, columns, k, numbers, lr, taken)
+            k += 1
         if decoupled != 0:
-            rows[_WIDTH * row + _DECAY] = rules.lr_times_weight_decay(lr, weight_decays[row])
+            rows[width * row] = rules.lr_times_weight_decay(lr, weight_decays[row])
         row += cuda.gridsize(1)
 
 

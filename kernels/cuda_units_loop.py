@@ -23,8 +23,6 @@ from .tree import LANES
 from .units import columns_of
 
 _WARPS = BLOCK // LANES
-COLUMNS = columns_of(rules.Adam)
-_WIDTH = len(COLUMNS)
 
 # --- Coefficients -------------------------------------------------------------------------------------------
 
@@ -35,7 +33,7 @@ def make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
     starts = [0, *stops[:-1]]
     conditioning, direction, _, _, average = map(make_part, kinds.parts, starts, stops)
     decay = make_part(kinds.decay, 0, 1)
-    rule = make_part(kinds.rule, 1, len(COLUMNS))
+    rule = make_part(kinds.rule, 1, len(columns_of(kinds.rule)))
 
     @cuda.jit(device=True)
     def decayed(shared: Any, row: Any) -> Any:
@@ -48,20 +46,15 @@ def make_updates(kinds: KernelTypes) -> tuple[Any, Any]:
     return decayed, undecayed
 
 
-@cuda.jit(device=True)
-def load_row(rows: Any, row: int) -> Any:
-    """Return the coefficients of a row."""
-    at = _WIDTH * row
-    return (
-        rows[at],
-        rows[at + 1],
-        rows[at + 2],
-        rows[at + 3],
-        rows[at + 4],
-        rows[at + 5],
-        rows[at + 6],
-        rows[at + 7],
-    )
+def make_load_row(kinds: KernelTypes) -> Any:
+    """Return the device function: the table of rows, and the number of one -> its coefficients."""
+    places = tuple(range(len(columns_of(kinds.rule))))
+
+    @cuda.jit(device=True)
+    def load_row(rows: Any, row: int) -> Any:
+        return pick(rows, places, len(places) * row)
+
+    return load_row
 
 
 # --- Elements of a lane, so far apart that neighbours are a warp's: all loads before all stores -------------
@@ -108,13 +101,16 @@ def _make_piece(kinds: KernelTypes, *, observed: bool) -> Any:
     """Return the device function that steps the elements of a lane in a piece, and returns what it saw."""
     clear = None if kinds.clear is type(None) else True
     count = PACK // kinds.dtype.itemsize
-    exp_avg_at = 1 if clear is None else 2
     see_element = make_see(observed=observed)
+    moment_at = 1 if clear is None else 2
 
-    @cuda.jit(device=True)
-    def see(seen: Any, before: Any, after: Any, c: Any) -> Any:
-        return see_element(seen, before[0], before[1], after[0], after[exp_avg_at], c.rule.step_size)
+    def see_moment(seen: Any, before: Any, after: Any, c: Any) -> Any:
+        return see_element(seen, before[0], before[1], after[0], after[moment_at], c.rule.step_size)
 
+    def see_gradient(seen: Any, before: Any, after: Any, c: Any) -> Any:
+        return see_element(seen, before[0], before[1], after[0], before[1], c.rule.step_size)
+
+    see = cuda.jit(device=True)(see_moment if kinds.n_moments else see_gradient)
     load_some, store_some, see_some = _make_some(count, see)
 
     @cuda.jit(device=True)
@@ -154,7 +150,7 @@ def make_step_units(kinds: KernelTypes, *, observed: bool) -> Callable[..., None
     decayed, undecayed = make_updates(kinds)
     plain = kinds.stored is None
     make_piece = _make_piece if plain else make_stored_piece
-    step_piece = make_piece(kinds, observed=observed)
+    step_piece, load_row = make_piece(kinds, observed=observed), make_load_row(kinds)
 
     @cuda.jit(device=True)
     def shared_of(coefficients: Any) -> Any:

@@ -80,7 +80,7 @@ DEVICE Random whole(const Words& words, int state) { return {state < 2 ? words.m
 DEVICE Nearest whole(const NoWords&, int) { return {}; }
 
 DEVICE Random half(const Words& words, int state) {
-    return state == 0 ? words.exp_avg() : state == 1 ? words.exp_avg_sq() : words.max_exp_avg_sq();
+    return state == 0 ? words.first() : state == 1 ? words.second() : words.third();
 }
 DEVICE Nearest half(const NoWords&, int) { return {}; }
 

@@ -105,18 +105,18 @@ DEVICE void halve(Real number, Bfloat16& to, Remainder& rest) {
 
 // --- Random bits ---------------------------------------------------------------------------------------------
 
-// Those of an element: for its moments, and for the parameter and the maximum of AMSGrad.
+// Those of an element: for its first two moments, and for the parameter and a third one.
 struct Words {
     unsigned moments, params;
-    METHOD Random exp_avg() const { return {moments}; }
-    METHOD Random exp_avg_sq() const { return {moments >> 16}; }
-    METHOD Random max_exp_avg_sq() const { return {params >> 16}; }
+    METHOD Random first() const { return {moments}; }
+    METHOD Random second() const { return {moments >> 16}; }
+    METHOD Random third() const { return {params >> 16}; }
     METHOD Random param() const { return {params}; }
 };
 struct NoWords {
-    METHOD Nearest exp_avg() const { return {}; }
-    METHOD Nearest exp_avg_sq() const { return {}; }
-    METHOD Nearest max_exp_avg_sq() const { return {}; }
+    METHOD Nearest first() const { return {}; }
+    METHOD Nearest second() const { return {}; }
+    METHOD Nearest third() const { return {}; }
     METHOD Nearest param() const { return {}; }
 };
 

@@ -43,24 +43,22 @@ These rows are not on the stack: LLVM 22 fills arrays of it by aligned vectors, 
 _INDEX, _COUNT, _BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
 
 
-def moved_by(grad: Any, state: Any) -> Any:
-    """Return what is 0 where there is no update: the first state, or the gradient where there is none."""
-    return state[0] if len(state) else grad
+def moved_by(grad: Any, moments: Any) -> Any:
+    """Return what is 0 where there is no update: the first moment, or the gradient where there is none."""
+    return moments[0] if len(moments) else grad
 
 
 @overload(moved_by, strict=False)
-def _compiled_moved_by(grad: Any, state: Any) -> Any:
-    return (lambda grad, state: state[0]) if len(state) else (lambda grad, state: grad)  # noqa: ARG005
+def _compiled_moved_by(grad: Any, moments: Any) -> Any:
+    return (lambda grad, moments: moments[0]) if len(moments) else (lambda grad, moments: grad)  # noqa: ARG005
 
 
 def _step_lane(param: Any, grad: Any, state: Any, c: Any) -> Any:
     """Step one element; return with it 1 if its update vanished, and 0 if not."""
     after, state_after = rules.update(param, grad, state, rules.Update(*c))
-    return (
-        after,
-        state_after,
-        np.int32(rules.vanishes(param, after, moved_by(grad, state_after), c[3].step_size)),
-    )
+    moments, _ = rules.split(state_after, c[4])  # an average is no update
+    vanished = rules.vanishes(param, after, moved_by(grad, moments), c[3].step_size)
+    return after, state_after, np.int32(vanished)
 
 
 class _Emitter:

@@ -21,25 +21,20 @@ sum_groups(const Sums* from, const long long* groups, long long count, Sums* to,
         sum_chunks(lanes, Table{groups, count}, blockIdx.x, gridDim.x, to, [&](long long i) { return from[i]; });
 }
 
-// Of each row: which learning rate it has, and where its bias corrections lie.
-struct Place {
-    long long source, first1, count1, first2, count2;
-};
-
+// Coefficients of each row that change from step to step: the decay's is its first, where that is decoupled. Of each
+// row, `sources` has which learning rate it has, and `columns` those that the rule has. A thread takes a row at a time.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-form_rows(Real* rows, long long count, const Place* places, const double* weight_decays, const double* corrections,
-          long long decoupled, const long long* step, const double* lrs, long long lr_base, long long lr_count) {
+form_rows(Real* rows, long long count, long long width, const long long* sources, const double* weight_decays,
+          const Column* columns, long long n_columns, const double* numbers, long long decoupled,
+          const long long* step, const double* lrs, long long lr_base, long long lr_count) {
     const long long taken = *step, at = taken - lr_base < lr_count ? taken - lr_base : lr_count - 1;
     const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
     for (long long k = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; k < count; k += threads) {
-        const Place place = places[k];
-        const double lr = lrs[place.source * lr_count + at];
-        const long long at1 = taken < place.count1 ? taken : place.count1 - 1;
-        const long long at2 = taken < place.count2 ? taken : place.count2 - 1;
-        Real* const row = rows + COLUMNS * k;
-        row[STEP_SIZE_AT] = rounded(step_size(lr, corrections[place.first1 + at1]));
-        row[INV_BIAS_CORRECTION2_AT] = rounded(corrections[place.first2 + at2]);
-        if (decoupled) row[DECAY_AT] = rounded(lr_times_weight_decay(lr, weight_decays[k]));
+        const double lr = lrs[sources[k] * lr_count + at];
+        Real* const row = rows + width * k;
+#pragma unroll 1
+        for (long long j = k * n_columns; j < (k + 1) * n_columns; ++j) columns[j].form(row, numbers, lr, taken);
+        if (decoupled) row[0] = rounded(lr_times_weight_decay(lr, weight_decays[k]));
     }
 }
 

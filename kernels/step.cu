@@ -1,8 +1,8 @@
 // The CUDA C++ side of a step: numbers, tuples, and the loop over a buffer. kernels/cuda_source.py puts before
 // it what it is compiled for (Scalar, SUFFIX, LETTER), and after it the rule in C++ and the kernels' entries.
 //
-// Memory traffic in float32: reads 16 n and writes 12 n bytes (20 n and 16 n with AMSGrad), in 16-byte accesses
-// where the buffers allow it. Buffers must not overlap: the caller checks.
+// Memory traffic in float32: reads 16 n and writes 12 n bytes with two states, and 4 n more or less with each,
+// in 16-byte accesses where the buffers allow it. Buffers must not overlap: the caller checks.
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
@@ -84,6 +84,7 @@ struct Unobserved {
 // --- Tuples --------------------------------------------------------------------------------------------------
 
 template <class... Values> struct Tuple;
+template <> struct Tuple<> {};
 template <class A> struct Tuple<A> { A _0; };
 template <class A, class B> struct Tuple<A, B> { A _0; B _1; };
 template <class A, class B, class C> struct Tuple<A, B, C> { A _0; B _1; C _2; };
@@ -91,17 +92,24 @@ template <class A, class B, class C, class D> struct Tuple<A, B, C, D> { A _0; B
 
 template <class... Values> DEVICE Tuple<Values...> tuple(Values... values) { return {values...}; }
 
-DEVICE auto pack_state(const Real (&a)[1]) { return tuple(a[0]); }
-DEVICE auto pack_state(const Real (&a)[2]) { return tuple(a[0], a[1]); }
-DEVICE auto pack_state(const Real (&a)[3]) { return tuple(a[0], a[1], a[2]); }
-DEVICE auto pack_state(const Real (&a)[4]) { return tuple(a[0], a[1], a[2], a[3]); }
+// Elements of an array for so many states: there is no array of none.
+template <int STATES> constexpr int room = STATES > 0 ? STATES : 1;
 
-DEVICE void unpack_state(Tuple<Real> state, Real (&a)[1]) { a[0] = state._0; }
-DEVICE void unpack_state(Tuple<Real, Real> state, Real (&a)[2]) { a[0] = state._0, a[1] = state._1; }
-DEVICE void unpack_state(Tuple<Real, Real, Real> state, Real (&a)[3]) {
+template <int STATES> DEVICE auto pack_state(const Real* a) {
+    if constexpr (STATES == 0) return tuple();
+    else if constexpr (STATES == 1) return tuple(a[0]);
+    else if constexpr (STATES == 2) return tuple(a[0], a[1]);
+    else if constexpr (STATES == 3) return tuple(a[0], a[1], a[2]);
+    else return tuple(a[0], a[1], a[2], a[3]);
+}
+
+DEVICE void unpack_state(Tuple<>, Real*) {}
+DEVICE void unpack_state(Tuple<Real> state, Real* a) { a[0] = state._0; }
+DEVICE void unpack_state(Tuple<Real, Real> state, Real* a) { a[0] = state._0, a[1] = state._1; }
+DEVICE void unpack_state(Tuple<Real, Real, Real> state, Real* a) {
     a[0] = state._0, a[1] = state._1, a[2] = state._2;
 }
-DEVICE void unpack_state(Tuple<Real, Real, Real, Real> state, Real (&a)[4]) {
+DEVICE void unpack_state(Tuple<Real, Real, Real, Real> state, Real* a) {
     a[0] = state._0, a[1] = state._1, a[2] = state._2, a[3] = state._3;
 }
 
@@ -113,6 +121,14 @@ template <class Part> constexpr bool is_there = true;
 template <> constexpr bool is_there<None> = false;
 
 template <class... Moments> DEVICE auto split(Tuple<Moments...> state, None) { return tuple(state, None{}); }
+template <class A, class Average> requires is_there<Average>
+DEVICE auto split(Tuple<A> state, Average) {
+    return tuple(tuple(), state._0);
+}
+template <class A, class B, class Average> requires is_there<Average>
+DEVICE auto split(Tuple<A, B> state, Average) {
+    return tuple(tuple(state._0), state._1);
+}
 template <class A, class B, class C, class Average> requires is_there<Average>
 DEVICE auto split(Tuple<A, B, C> state, Average) {
     return tuple(tuple(state._0, state._1), state._2);
@@ -123,6 +139,8 @@ DEVICE auto split(Tuple<A, B, C, D> state, Average) {
 }
 
 template <class Moments> DEVICE auto join(Moments moments, None) { return moments; }
+DEVICE auto join(Tuple<>, Real average) { return tuple(average); }
+template <class A> DEVICE auto join(Tuple<A> moments, Real average) { return tuple(moments._0, average); }
 template <class A, class B> DEVICE auto join(Tuple<A, B> moments, Real average) {
     return tuple(moments._0, moments._1, average);
 }
@@ -167,8 +185,8 @@ DEVICE Threads of_block() { return {threadIdx.x, blockDim.x}; }
 // are not aligned to 16 bytes together, packs is 0. Any number of threads makes the same bits: no element knows
 // of another. Gradients that are not const are set to zero, also where the step is skipped.
 template <int STATES, class Grad, class Update>
-DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATES], long long size,
-                          long long head, long long packs, bool skip, Update update_element, Threads by = of_grid()) {
+DEVICE void step_elements(Real* params, Grad* grads, Real* const* states, long long size, long long head,
+                          long long packs, bool skip, Update update_element, Threads by = of_grid()) {
     constexpr bool CLEAR = IsMutable<Grad>::value;
     const auto [thread, threads] = by;
 
@@ -182,15 +200,15 @@ DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATE
         const long long i = head + k * LANES;
         Pack param = *reinterpret_cast<const Pack*>(params + i);
         const Pack grad = *reinterpret_cast<const Pack*>(grads + i);
-        Pack state[STATES];
+        Pack state[room<STATES>];
 #pragma unroll
         for (int s = 0; s < STATES; ++s) state[s] = *reinterpret_cast<const Pack*>(states[s] + i);
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) {
-            Real now[STATES];
+            Real now[room<STATES>];
 #pragma unroll
             for (int s = 0; s < STATES; ++s) now[s] = state[s].lane[lane];
-            auto [new_param, new_state] = update_element(param.lane[lane], grad.lane[lane], pack_state(now));
+            auto [new_param, new_state] = update_element(param.lane[lane], grad.lane[lane], pack_state<STATES>(now));
             unpack_state(new_state, now);
             param.lane[lane] = new_param;
 #pragma unroll
@@ -205,10 +223,10 @@ DEVICE void step_elements(Real* params, Grad* grads, Real* const (&states)[STATE
 #pragma unroll 1
     for (long long k = thread; k < size - packs * LANES; k += threads) {
         const long long i = k < head ? k : k + packs * LANES;
-        Real now[STATES];
+        Real now[room<STATES>];
 #pragma unroll
         for (int s = 0; s < STATES; ++s) now[s] = states[s][i];
-        auto [new_param, new_state] = update_element(params[i], grads[i], pack_state(now));
+        auto [new_param, new_state] = update_element(params[i], grads[i], pack_state<STATES>(now));
         unpack_state(new_state, now);
         params[i] = new_param;
         if constexpr (CLEAR) grads[i] = Real{};

@@ -76,7 +76,13 @@ template <class How> DEVICE void keep(Real number, Bfloat16& param, Remainder& r
 
 template <class Code> constexpr bool IS_THERE = is_there<Code>;
 constexpr bool READS_PARAMS = !(IS_THERE<Master> && sizeof(Master) == sizeof(Real));
-constexpr int STATES = 2 + IS_THERE<State2> + IS_THERE<State3>;
+constexpr int STATES = IS_THERE<State0> + IS_THERE<State1> + IS_THERE<State2> + IS_THERE<State3>;
+
+// What is zero where an element has no update: its first moment, or the gradient where there is none.
+template <class Code> DEVICE Real moved_by(Code state0, Real grad) {
+    if constexpr (MOMENTS > 0) return decoded(state0);
+    else return grad;
+}
 
 // --- The loop ------------------------------------------------------------------------------------------------
 
@@ -94,36 +100,38 @@ DEVICE void step_some(const Arrays& arrays, At at, Rounding rounding, const Coef
     Out out[N];
     if constexpr (READS_PARAMS) read(arrays.params, at, param);
     read(const_cast<const Gradient*>(arrays.grads), at, grad);
-    read(arrays.state0, at, state0);
-    read(arrays.state1, at, state1);
+    if constexpr (IS_THERE<State0>) read(arrays.state0, at, state0);
+    if constexpr (IS_THERE<State1>) read(arrays.state1, at, state1);
     if constexpr (IS_THERE<State2>) read(arrays.state2, at, state2);
     if constexpr (IS_THERE<State3>) read(arrays.state3, at, state3);
     if constexpr (IS_THERE<Master>) read(arrays.master, at, master);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        Real now[STATES];
-        now[0] = decoded(state0[k]), now[1] = decoded(state1[k]);
+        Real now[room<STATES>];
+        if constexpr (IS_THERE<State0>) now[0] = decoded(state0[k]);
+        if constexpr (IS_THERE<State1>) now[1] = decoded(state1[k]);
         if constexpr (IS_THERE<State2>) now[2] = decoded(state2[k]);
         if constexpr (IS_THERE<State3>) now[3] = decoded(state3[k]);
         const Real before = starts_from(param[k], master[k]), given = decoded(grad[k]);
-        auto [number, state] = update(before, given, pack_state(now), c);
+        auto [number, state] = update(before, given, pack_state<STATES>(now), c);
         unpack_state(state, now);
         const auto words = rounding.words(at.index(k));
-        encode(now[0], state0[k], words.exp_avg());
-        encode(now[1], state1[k], words.exp_avg_sq());
-        if constexpr (IS_THERE<State2>) encode(now[2], state2[k], words.max_exp_avg_sq());
+        if constexpr (IS_THERE<State0>) encode(now[0], state0[k], words.first());
+        if constexpr (IS_THERE<State1>) encode(now[1], state1[k], words.second());
+        if constexpr (IS_THERE<State2>) encode(now[2], state2[k], words.third());
         if constexpr (IS_THERE<State3>) encode(now[3], state3[k], Nearest{});  // an average: never rounded
         keep(number, param[k], master[k], words.param());
         if constexpr (IS_THERE<Out>) encode(number, out[k], Nearest{});
-        seen.see(before, given, starts_from(param[k], master[k]), decoded(state0[k]), c.rule.step_size);
+        const Real after = starts_from(param[k], master[k]);
+        seen.see(before, given, after, moved_by(state0[k], given), c.rule.step_size);
     }
     write(arrays.params, at, param);
     if constexpr (IsMutable<Grad>::value) {
         const Gradient zeros[N]{};
         write(arrays.grads, at, zeros);
     }
-    write(arrays.state0, at, state0);
-    write(arrays.state1, at, state1);
+    if constexpr (IS_THERE<State0>) write(arrays.state0, at, state0);
+    if constexpr (IS_THERE<State1>) write(arrays.state1, at, state1);
     if constexpr (IS_THERE<State2>) write(arrays.state2, at, state2);
     if constexpr (IS_THERE<State3>) write(arrays.state3, at, state3);
     if constexpr (IS_THERE<Master>) write(arrays.master, at, master);

@@ -113,19 +113,21 @@ def _compiled_moment(exp_avg: Any, i: Any) -> Callable[..., Any]:
     return _moment
 
 
-def _first_of(memory: Any) -> Any:
-    """Return where stands what is 0 where there is no update."""
-    return memory[2][0] if len(memory[2]) else memory[1]
+def _first_of(memory: Any, average: Any) -> Any:
+    """Return where stands what is 0 where there is no update: the first moment, or the gradient without."""
+    return memory[2][0] if len(memory[2]) > (average is not None) else memory[1]
 
 
 @overload(_first_of, jit_options=JIT_OPTIONS, strict=False)
-def _compiled_first_of(memory: Any) -> Callable[..., Any]:
-    return (lambda memory: memory[2][0]) if len(memory[2]) else (lambda memory: memory[1])
+def _compiled_first_of(memory: Any, average: Any) -> Callable[..., Any]:
+    if len(memory[2]) > (not isinstance(average, types.NoneType)):
+        return lambda memory, average: memory[2][0]  # noqa: ARG005
+    return lambda memory, average: memory[1]  # noqa: ARG005
 
 
 @called
-def _vanished(memory: Any, start: int, before: Any, after: Any, step_size: Any) -> int:
-    moment = _first_of(moved(memory, start))
+def _vanished(memory: Any, start: int, before: Any, after: Any, step_size: Any, average: Any) -> int:
+    moment = _first_of(moved(memory, start), average)
     vanished = 0
     for j in range(before.size):
         i: Any = np.uint64(j)
@@ -220,8 +222,8 @@ def _make_loop(cache_key: str) -> Callable[..., None]:
                 vanished = 0
                 for p in range(first_counted[k], first_counted[k + 1]):
                     a, b, step_size = counted[p, 0], counted[p, 1], coefficients[counted[p, 2], 1]
-                    rows_of_piece = before[a - start : b - start], after[a - start : b - start]
-                    vanished += _vanished(memory, a, rows_of_piece[0], rows_of_piece[1], step_size)
+                    both = before[a - start : b - start], after[a - start : b - start]
+                    vanished += _vanished(memory, a, both[0], both[1], step_size, average)
                 scratch[2 * chunks + k], scratch[3 * chunks + k] = squares_of_step(after, before, size)
                 scratch[4 * chunks + k] = vanished
                 if clear is not None:

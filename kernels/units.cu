@@ -26,11 +26,11 @@ struct Observed {
 #pragma unroll
         for (int kind = 0; kind < KINDS; ++kind) seen[kind] = {0, 0};
     }
-    // Of an element, its first moment afterwards, or what is zero where that is.
-    METHOD void see(Real before, Real grad, Real after, Real exp_avg, Real step_size) {
+    // Of an element, and what is zero where it has no update.
+    METHOD void see(Real before, Real grad, Real after, Real moved_by, Real step_size) {
         const double now = wide(after.value), change = minus(now, wide(before.value));
         seen[GRADS] = plus(seen[GRADS], of_gradient(grad));
-        seen[UPDATES] = plus(seen[UPDATES], Sums{times(change, change), vanishes(before, after, exp_avg, step_size)});
+        seen[UPDATES] = plus(seen[UPDATES], Sums{times(change, change), vanishes(before, after, moved_by, step_size)});
         seen[PARAMS] = plus(seen[PARAMS], Sums{times(now, now), 0});
     }
     // Every thread of the block comes here.
@@ -46,9 +46,8 @@ struct Observed {
 
 // Steps N elements, so far apart that neighbours are a warp's: all loads before all stores.
 template <int N, int STATES, class Grad, class Coefficients, class Seen>
-DEVICE void step_some(Real* params, Grad* grads, Real* const (&states)[STATES], long long i, Coefficients c,
-                      Seen& seen) {
-    Real param[N], grad[N], state[N][STATES];
+DEVICE void step_some(Real* params, Grad* grads, Real* const* states, long long i, Coefficients c, Seen& seen) {
+    Real param[N], grad[N], state[N][room<STATES>];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         param[k] = params[i + k * TREE_LANES], grad[k] = grads[i + k * TREE_LANES];
@@ -57,9 +56,10 @@ DEVICE void step_some(Real* params, Grad* grads, Real* const (&states)[STATES], 
     }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        auto [new_param, new_state] = update(param[k], grad[k], pack_state(state[k]), c);
+        auto [new_param, new_state] = update(param[k], grad[k], pack_state<STATES>(state[k]), c);
         unpack_state(new_state, state[k]);
-        seen.see(param[k], grad[k], new_param, state[k][0], c.rule.step_size);
+        const Real moved_by = MOMENTS > 0 ? state[k][0] : grad[k];
+        seen.see(param[k], grad[k], new_param, moved_by, c.rule.step_size);
         param[k] = new_param;
     }
 #pragma unroll
@@ -75,13 +75,13 @@ DEVICE void step_some(Real* params, Grad* grads, Real* const (&states)[STATES], 
 template <int STATES, class Grad> struct Elements {
     Real* params;
     Grad* grads;
-    Real* const (&states)[STATES];
+    Real* const* states;
     METHOD void clear(long long i) const {
         if constexpr (IsMutable<Grad>::value) grads[i] = Real{};
     }
     template <int N, class Coefficients, class Seen>
     METHOD void step(long long i, const Coefficients& c, Seen& seen) const {
-        step_some<N>(params, grads, states, i, c, seen);
+        step_some<N, STATES>(params, grads, states, i, c, seen);
     }
 };
 

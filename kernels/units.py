@@ -14,8 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import rules
+from .columns import Columns
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def columns_of(rule: type) -> tuple[str, ...]:
@@ -39,9 +42,6 @@ UNIT_COST = 128
 """Elements that could be stepped in the time that it takes to begin a unit and to end it."""
 
 
-Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
-
-
 def row_of(c: rules.Update) -> tuple[Any, ...]:
     """Return what a row of the table has of the coefficients of a step."""
     return (np.nan if c.decay is None else c.decay[0], *c.rule)
@@ -50,12 +50,10 @@ def row_of(c: rules.Update) -> tuple[Any, ...]:
 class RowTables(NamedTuple):
     """What the coefficients of all rows are formed from where steps are counted, in GPU memory."""
 
-    coefficients: np.ndarray[Any, np.dtype[Any]]  # shape (rows, columns): those that never change are right
+    coefficients: np.ndarray[Any, np.dtype[Any]]  # shape (rows, width): those that never change are right
     sources: Integers  # shape (rows,): where the learning rate comes from
     weight_decays: Numbers  # shape (rows,); NaN for none
-    # Of each column that is formed: its place, whether it is the learning rate over a number of a table,
-    # tables of the steps 1, 2, ... (None where it never stays), and the table of each row.
-    formed: list[tuple[int, bool, list[Numbers | None], Integers]]
+    columns: Columns  # those that are formed
     decoupled: bool  # whether decays follow the learning rates
 
 

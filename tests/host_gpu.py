@@ -9,7 +9,6 @@ import numpy as np
 from cuda_builds import Build, ptx_of
 from ptx import Memory, Program
 
-from fastadam import bias_correction
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import grids
@@ -113,8 +112,8 @@ class HostGpu(Cuda):
 def make_clock(gpu: HostGpu, build: Build, h: Hyperparameters) -> Clock:
     """Return a clock before its first step."""
     types = build.types
-    update = Coefficients(h, types.dtype).update(1, grad_scale=1.0 if build.unscales else None)
-    beta1, beta2 = h.betas
+    c = Coefficients(h, types.dtype)
+    update = c.update(1, grad_scale=1.0 if build.unscales else None)
     return Clock(
         gpu,
         device=0,
@@ -124,6 +123,5 @@ def make_clock(gpu: HostGpu, build: Build, h: Hyperparameters) -> Clock:
         lrs=[h.lr],
         weight_decay=h.weight_decay,
         coefficients=[value for part in update if part for value in part],
-        corrections1=bias_correction.table(beta1),
-        inverse_corrections2=1 / bias_correction.table(beta2),
+        columns=c.columns(),
     )

@@ -76,7 +76,7 @@ def due_of_clock(ops, build):
         case "form_coefficients":
             due = decay + Counter({**_OF_A_SCALE, "div.rn.f64": 1, "cvt.rn.f64.s64": 1})
             # A clip factor of 1 is one in Numba's code already.
-            return due + Counter({"cvt.rn.f32.f64": 4 if by_numba else 5} if narrow else {})
+            return due + Counter({"cvt.rn.f32.f64": 3 if by_numba else 4} if narrow else {})
         case "decide":
             assert adds > _FOLDS
             due = decay + Counter(_OF_A_SCALE)
@@ -84,7 +84,9 @@ def due_of_clock(ops, build):
             due += Counter({"setp.gt.f64": 1, "selp.f64": 1})
             due += Counter({"setp.gt.f64": 1} if by_numba else {"add.f64": 1, "cvt.rn.f64.s64": 1})
             due["cvt.rn.f64.s64"] += 1
-            return due + Counter({"cvt.rn.f32.f64": 5} if narrow else {})
+            assert ops["selp.f64"] - due["selp.f64"] in (0, 1), "a number or a quotient"
+            due["selp.f64"] = ops["selp.f64"]
+            return due + Counter({"cvt.rn.f32.f64": 4} if narrow else {})
         case "sum_groups":
             assert adds > _FOLDS
             return Counter({"add.rn.f64": adds})
@@ -92,7 +94,7 @@ def due_of_clock(ops, build):
             n, decays = ops["div.rn.f64"], sum(ops[op] for op in decay)
             assert 0 < decays < n
             due = Counter({"div.rn.f64": n, **dict.fromkeys(decay, decays)})
-            return due + Counter({"cvt.rn.f32.f64": 2 * n + decays} if narrow else {})
+            return due + Counter({"cvt.rn.f32.f64": n + decays} if narrow else {})
         case "conclude":
             assert adds > _FOLDS
             due = Counter({"sqrt.rn.f64": 3 if by_numba else 1, "div.rn.f64": 1, "add.rn.f64": adds})

@@ -85,7 +85,14 @@ def job(rng, flags, dtype, skip):
         "before": (params.copy(), grads.copy()),
         "skip": skip,
         "rows": (
-            *(formed, len(tables.places), tables.places.ravel(), tables.weight_decays, tables.corrections),
+            *(
+                formed,
+                len(tables.sources),
+                tables.coefficients.shape[1],
+                tables.sources,
+                tables.weight_decays,
+            ),
+            *(tables.columns.table.ravel(), tables.columns.table.shape[1], tables.columns.numbers),
             *(int(tables.decoupled), np.array([0]), rows.lrs(1), 0, 1),
         ),
         "measure": (grads.copy(), chunks.bounds.ravel(), len(chunks.bounds), measured),

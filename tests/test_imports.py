@@ -33,6 +33,7 @@ FLOORS = [
         "trees",
         "kernels.device_storage",
         "kernels.bits",
+        "kernels.columns",
         "kernels.forks",
         "kernels.grids",
         "kernels.rounding",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_phase_bits import special_values
 from tolerances import assert_same_bits
 from trees import literal_chunk, literal_sum
 
-from fastadam import FusedAdam, Segment
+from fastadam import FusedAdam, FusedSGD, Segment
 from fastadam.kernels import cpu, norms, telemetry, threads
 
 DTYPES = ["float32", "float64"]
@@ -300,3 +301,13 @@ def test_another_definition_shows(rng, wrong):
         assert fields(opt.last_step) == told(*given)
         shown += fields(opt.last_step) != told(*given, **wrong)
     assert shown >= 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_an_average_is_no_update(dtype):
+    """Of a rule without moments it is the first state; a gradient of zero makes no update that vanishes."""
+    opt = FusedSGD(lr=1e-9, ema_decay=0.5, telemetry=True, rounding="nearest")
+    params, grads = np.ones(40, dtype), np.zeros(40, dtype)
+    grads[:3] = 1
+    opt.step(params, grads)
+    assert opt.last_step.vanished == 3

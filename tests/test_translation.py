@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastadam.kernels import rules
+from fastadam.kernels import relatives, rules
 from fastadam.kernels.translation import translate
 
 
@@ -97,6 +97,32 @@ def test_names_from_outside():
         "    return helper_0(u3b2_);\n"
         "}"
     )
+
+
+def one_state(x, state):
+    (y,) = state
+    return (-x if x < 0 else y), (y,)
+
+
+def no_state(x, state):
+    return x, state, ()
+
+
+def test_tuples_of_one_and_of_none():
+    assert translate(one_state, {}) == (
+        "DEVICE auto one_state(auto x, auto state) {\n"
+        "    auto [y] = state;\n"
+        "    return tuple(((x < Real{}) ? (-x) : y), tuple(y));\n"
+        "}"
+    )
+    assert "return tuple(x, state, tuple());" in translate(no_state, {})
+
+
+def test_every_rule_is_translated():
+    assert relatives.SGD in rules.RULES
+    for rule in rules.RULES.values():
+        head = f"DEVICE auto {rule.__name__}(auto param, auto grad, auto state, auto c) {{"
+        assert head in translate(rule, {})
 
 
 def literal(x):
