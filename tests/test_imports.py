@@ -257,6 +257,6 @@ def test_the_light_import_check_bites():
 def test_public_names():
     kinds = "Adadelta Adagrad Adam AdamW Adamax Lion NAdam RAdam RMSprop SGD"
     names = ["DynamicLossScale", *(f"Fused{kind}" for kind in kinds.split()), "Segment", "__version__"]
-    names += ["flatten", "schedules", "warmup"]
+    names += ["flatten", "own_rule", "schedules", "warmup"]
     assert fastadam.__all__ == names
     assert all(hasattr(fastadam, name) for name in fastadam.__all__)
