@@ -112,7 +112,7 @@ class Coefficients:
             require_range("weight_decay", h.weight_decay, dtype)
             self.decay = rules.L2Decay(rounded(h.weight_decay))
         self.direction = rules.Maximize() if h.maximize else None
-        self._of, self._rule = rule, rule.coefficients
+        self._of, self._rule, self._numbers = rule, rule.coefficients, numbers
         self._values, self._sequences = _split(rule, numbers, dtype)
         self._block: int | None = None
         self.average: rules.Average | None = None
