@@ -56,9 +56,22 @@ def keeps_its_word(coefficients) -> bool:
             return False
         if c.lr_of(7) != lr or (c.clear is not None) is not h.zero_grads:
             return False
+        if not as_on_a_gpu(c, 5):
+            return False
         if (c.types.clear is rules.Clear) is not h.zero_grads or c.types.n_states != len(h.state):
             return False
     return decides(coefficients)
+
+
+def as_on_a_gpu(c, step) -> bool:
+    """Whether the tables for GPUs have one row, from which the coefficients of a step come."""
+    table, numbers = c.columns()
+    (row,), rule = table.tolist(), list(c.rule(step))
+    for place, is_over_lr, first, count in row:
+        number = numbers[first : first + count][min(step, count) - 1]
+        if rule[place] != c.dtype.type(c.lr / number if is_over_lr else number):
+            return False
+    return len(row) == 2
 
 
 ADDED = [
