@@ -34,7 +34,8 @@ def test_every_rule_takes_part() -> None:
     hyperparameters = [
         getattr(fastadam, f"Fused{one.kind}")(**one.flags)._hyperparameters for one in FAMILY.values()
     ]
-    ours = {kind for kind in rules.RULES if kind.__module__.startswith("fastadam.")}  # other tests have others
+    # Other tests define rules of their own.
+    ours = {kind for kind in rules.RULES if kind.__module__.startswith("fastadam.")}
     assert {h.rule.coefficients for h in hyperparameters} == ours
     for h, one in zip(hyperparameters, FAMILY.values(), strict=True):
         assert h.rule.states == one.states
