@@ -41,7 +41,8 @@ def assert_is_the_rule(h, found, wanted_params, wanted_states):
 def test_every_rule_is_here():
     """Adding one without tests fails."""
     found = {make(name)._hyperparameters.rule.coefficients for name in RULES}
-    assert found == set(rules.RULES)
+    ours = {kind for kind in rules.RULES if kind.__module__.startswith("fastadam.")}
+    assert found == ours  # other tests define rules of their own
 
 
 @pytest.mark.parametrize("name", RULES)
