@@ -110,17 +110,18 @@ def no_state(x, state):
 
 def test_tuples_of_one_and_of_none():
     assert translate(one_state, {}) == (
-        "DEVICE auto one_state(auto x, auto state) {\n"
-        "    auto [y] = state;\n"
-        "    return tuple(((x < Real{}) ? (-x) : y), tuple(y));\n"
+        "DEVICE auto one_state_0(auto x_, auto state_) {\n"
+        "    auto [y_] = state_;\n"
+        "    return tuple(((x_ < Real{}) ? (-x_) : y_), tuple(y_));\n"
         "}"
     )
-    assert "return tuple(x, state, tuple());" in translate(no_state, {})
+    assert "return tuple(x_, state_, tuple());" in translate(no_state, {})
 
 
 def test_every_rule_is_translated():
     assert relatives.SGD in rules.RULES
-    for rule in rules.RULES.values():
+    ours = [rule for rule in rules.RULES.values() if rule.__module__.startswith("fastadam.")]
+    for rule in ours:  # other tests define rules of their own
         head = f"DEVICE auto {rule.__name__}(auto param, auto grad, auto state, auto c) {{"
         assert head in translate(rule, {})
 
