@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule, in_unit_interval
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LR, Rule, in_range, number, one_minus
 from fastadam.tunables import HasEps
 
@@ -79,16 +79,14 @@ class FusedAdadelta(HasEps, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = AdadeltaHyperparameters(
-            lr=lr,
-            rho=rho,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)
 
     @property
     def rho(self) -> float:

@@ -12,7 +12,7 @@ from fastadam.bias_correction import BLOCK, Corrections
 from fastadam.checks import at_least_zero
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LrOver, Rule, in_range, number
 from fastadam.tunables import HasEps
 
@@ -107,17 +107,15 @@ class FusedAdagrad(HasEps, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = AdagradHyperparameters(
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)
 
     @property
     def initial_accumulator_value(self) -> float:

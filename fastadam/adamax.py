@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LARGEST_STEP_SIZE, LR_OVER_BIAS_CORRECTION1, Rule, in_range, number, one_minus
 from fastadam.tunables import HasBetas, HasEps
 
@@ -78,13 +78,11 @@ class FusedAdamax(HasBetas, HasEps, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = AdamaxHyperparameters(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)

@@ -9,7 +9,7 @@ from fastadam.adam import AVERAGING
 from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LR, Rule
 from fastadam.tunables import HasBetas
 
@@ -76,12 +76,10 @@ class FusedLion(HasBetas, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = LionHyperparameters(
-            lr=lr,
-            betas=betas,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)

@@ -11,7 +11,7 @@ from fastadam.checks import at_least_zero
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.momentum_schedule import Average, Gradient
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.precision import state_dtype
 from fastadam.rule import LARGEST_STEP_SIZE, InverseBiasCorrection, LrOver, PerStep, Rule, in_range, number
 from fastadam.tunables import HasBetas, HasDecoupled, HasEps
@@ -98,18 +98,16 @@ class FusedNAdam(HasBetas, HasEps, HasDecoupled, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = NAdamHyperparameters(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum_decay=momentum_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)
 
     @property
     def momentum_decay(self) -> float:

@@ -69,20 +69,6 @@ class Options(TypedDict, total=False):
 _OF_HYPERPARAMETERS = Options.__annotations__.keys() - {"segments", "backend", "capturable"}
 
 
-def split(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options that are hyperparameters, and the others.
-
-    Raises
-    ------
-    TypeError
-        If there is another.
-    """
-    for name in options.keys() - Options.__annotations__.keys():
-        raise TypeError(f"got an unexpected keyword argument {name!r}")
-    own = {name: value for name, value in options.items() if name in _OF_HYPERPARAMETERS}
-    return own, {name: value for name, value in options.items() if name not in own}
-
-
 class FusedOptimizer(Tunables, Persistent):
     """Steps of one update rule, in one fused pass over flat buffers, in place: what all optimizers share.
 
@@ -122,6 +108,20 @@ class FusedOptimizer(Tunables, Persistent):
         self._scratch: buffers.Array | None = None  # for the pass over the gradients
         self._accumulator = Accumulator()
         self._library = ""  # whose current stream the last capturable step took
+
+    def _begin_with(self, own: Mapping[str, Any], options: Options) -> None:
+        """Begin with the optimizer's own arguments, and with what all optimizers take.
+
+        Raises
+        ------
+        TypeError
+            If there is another option.
+        """
+        for name in options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+        shared: dict[str, Any] = {k: value for k, value in options.items() if k in _OF_HYPERPARAMETERS}
+        rest: Any = {name: value for name, value in options.items() if name not in shared}
+        FusedOptimizer.__init__(self, self.HYPERPARAMETERS(**own, **shared), **rest)
 
     @classmethod
     def _of(cls, hyperparameters: Hyperparameters, **options: Any) -> Self:

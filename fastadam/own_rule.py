@@ -59,7 +59,7 @@ from fastadam.kernels import kinds, rules
 from fastadam.kernels.relatives import magnitude
 from fastadam.kernels.rules import moving_average
 from fastadam.kernels.translation import frozen, translate
-from fastadam.optimizer import FusedOptimizer, split
+from fastadam.optimizer import FusedOptimizer
 from fastadam.rule import Rule
 from fastadam.tunables import HasBetas, HasDecoupled, HasEps
 
@@ -86,8 +86,8 @@ class OwnOptimizer(HasDecoupled, FusedOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(type(self)).bind(*args, **kwargs).arguments
-        own, rest = split(given.pop("options", {}))
-        super().__init__(self.HYPERPARAMETERS(**given, **own), **rest)
+        options = given.pop("options", {})
+        self._begin_with(given, options)
 
 
 def define(

@@ -9,7 +9,7 @@ from fastadam.adam import AVERAGING
 from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.precision import state_dtype
 from fastadam.rectification import Rectification
 from fastadam.rule import LARGEST_STEP_SIZE, LR_OVER_BIAS_CORRECTION1, PerStep, Rule, in_range, number
@@ -86,14 +86,12 @@ class FusedRAdam(HasBetas, HasEps, HasDecoupled, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = RAdamHyperparameters(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)

@@ -9,9 +9,9 @@ from fastadam.arrays import Number
 from fastadam.checks import at_least_zero, require_flag
 from fastadam.hyperparameters import Hyperparameters, Schedule, in_unit_interval
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LR, Constant, Rule, in_range, number, one_minus
-from fastadam.tunables import HasEps
+from fastadam.tunables import HasEps, HasMomentum
 
 
 def _nothing() -> float:
@@ -58,7 +58,7 @@ class RMSpropHyperparameters(Hyperparameters):
         return _RULES[self.centered, self.momentum > 0]
 
 
-class FusedRMSprop(HasEps, FusedOptimizer):
+class FusedRMSprop(HasEps, HasMomentum, FusedOptimizer):
     """RMSprop, in one fused pass over flat buffers, in place: ``torch.optim.RMSprop``.
 
     Parameters
@@ -107,18 +107,16 @@ class FusedRMSprop(HasEps, FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = RMSpropHyperparameters(
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
+        own = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)
 
     @property
     def alpha(self) -> float:
@@ -129,16 +127,6 @@ class FusedRMSprop(HasEps, FusedOptimizer):
     @alpha.setter
     def alpha(self, value: Number) -> None:
         self._change(alpha=value)
-
-    @property
-    def momentum(self) -> float:
-        """How much of the last update is in the next one; set it between steps, but not from or to 0."""
-        value: float = self._hyperparameters.momentum
-        return value
-
-    @momentum.setter
-    def momentum(self, value: Number) -> None:
-        self._change(momentum=value)
 
     @property
     def centered(self) -> bool:

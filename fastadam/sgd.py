@@ -12,8 +12,9 @@ from fastadam.bias_correction import BLOCK, Corrections
 from fastadam.checks import at_least_zero, require_flag
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
-from fastadam.optimizer import FusedOptimizer, Options, split
+from fastadam.optimizer import FusedOptimizer, Options
 from fastadam.rule import LR, PerStep, Rule, in_range, number
+from fastadam.tunables import HasMomentum
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class SGDHyperparameters(Hyperparameters):
             raise ValueError(f"dampening must be 0 with nesterov=True; got {self.dampening}.")
 
 
-class FusedSGD(FusedOptimizer):
+class FusedSGD(HasMomentum, FusedOptimizer):
     """Stochastic gradient descent, in one fused pass over flat buffers, in place: ``torch.optim.SGD``.
 
     Parameters
@@ -114,27 +115,15 @@ class FusedSGD(FusedOptimizer):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own, rest = split(options)
-        hyperparameters = SGDHyperparameters(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            **own,
-        )
-        super().__init__(hyperparameters, **rest)
-
-    @property
-    def momentum(self) -> float:
-        """How much of the last update is in the next one; set it between steps, but not from or to 0."""
-        value: float = self._hyperparameters.momentum
-        return value
-
-    @momentum.setter
-    def momentum(self, value: Number) -> None:
-        self._change(momentum=value)
+        own = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        self._begin_with(own, options)
 
     @property
     def dampening(self) -> float:

@@ -161,6 +161,22 @@ class HasEps(Tunables):
         self._change(eps=value)
 
 
+class HasMomentum(Tunables):
+    """Momentum, or none."""
+
+    _hyperparameters: Any
+
+    @property
+    def momentum(self) -> float:
+        """How much of the last update is in the next one; set it between steps, but not from or to 0."""
+        value: float = self._hyperparameters.momentum
+        return value
+
+    @momentum.setter
+    def momentum(self, value: Number) -> None:
+        self._change(momentum=value)
+
+
 class HasDecoupled(Tunables):
     """Weight decay of two kinds."""
 
