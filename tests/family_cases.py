@@ -7,6 +7,7 @@ from phase_cases import pairwise
 
 import fastadam
 from fastadam import schedules
+from fastadam.kernels import rules
 
 L2 = {"weight_decay": 0.05}
 
@@ -75,6 +76,16 @@ RELATIVES = [name for name in RULES if name not in {"adam", "amsgrad"}]
 HAS_DECOUPLED = {"adam", "amsgrad", "nadam", "radam"}
 HAS_BETAS = {*HAS_DECOUPLED, "adamax", "lion"}
 HAS_EPS = {name for name in RULES if name not in {"lion", "sgd", "momentum", "nesterov"}}
+
+
+def shipped_rules():
+    """Return the equations of the package by their coefficients.
+
+    Tests and the examples in docstrings define rules of their own, in modules of any name.
+    """
+    return {
+        kind: rule for kind, rule in rules.RULES.items() if kind.__module__.startswith("fastadam.kernels.")
+    }
 
 
 def make(name, **options):
