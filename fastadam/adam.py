@@ -10,7 +10,6 @@ from fastadam.arrays import BackendName, MasterFormat, Number, Rounding, StateFo
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import rules
 from fastadam.optimizer import FusedOptimizer, Options
-from fastadam.precision import state_dtype
 from fastadam.rule import (
     LARGEST_STEP_SIZE,
     LR_OVER_BIAS_CORRECTION1,
@@ -45,7 +44,6 @@ class AdamHyperparameters(Hyperparameters):
 
     KIND = "adam"
     OWN = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize")
-    OWN_CHECKS: ClassVar = {"state_dtype": state_dtype}
 
     lr: Any = 1e-3
     betas: Any = (0.9, 0.999)

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastadam import documents, eight_bit, formats, loading, precision, progress
+from fastadam import documents, eight_bit, formats, loading, progress
 from fastadam.checks import count
 from fastadam.containers import Container
 from fastadam.hyperparameters import Hyperparameters
@@ -150,9 +150,9 @@ class Checkpoint:
         if h.state and h.state[0] not in tensors:
             return (), ()
         masters = tuple(name for name in MASTERS.values() if name in tensors)
-        kinds = (*precision.of_states(h.state, h.state_dtype), *masters)
+        kinds = (*h.formats(), *masters)
         names = (*h.state, *masters)
-        return names, tuple(loading.dtype_of(*pair, self._math) for pair in zip(names, kinds, strict=True))
+        return names, tuple(loading.dtype_of(kind, self._math) for kind in kinds)
 
     def _range(self, start: object, stop: object) -> tuple[int, int]:
         """Return the elements that are asked for, or raise."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastadam import precision, streams
+from fastadam import loading, streams
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
@@ -165,7 +165,7 @@ def _make(
             covered,
             rows.tables(),
             observed=h.telemetry,
-            in_blocks="8bit" in precision.pair(h.state_dtype),
+            in_blocks=not loading.IN_BLOCKS.isdisjoint(h.formats()),
         )
     return Clock(
         kernels,

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fastadam import buffers, formats, precision, stored, streams
+from fastadam import buffers, formats, stored, streams
 from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels.cuda import Cuda, DeviceBuffer, same_stream
 from fastadam.kernels.device_storage import DeviceStorage, StoredTypes
-from fastadam.precision import StateDtype
 from fastadam.rounding import mixed, random_bits
 from fastadam.state import State, kept
 
@@ -54,21 +53,20 @@ def _types_of(
 ) -> StoredTypes:
     stored.require_possible(h, params)
     rounds = stored.rounds_at_random(h, params)
-    return _types(h.state, h.state_dtype, stored.master_of(h), params, grads, out, rounds)
+    return _types(h.formats(), stored.master_of(h), params, grads, out, rounds)
 
 
 @lru_cache(maxsize=64)
 def _types(
-    names: tuple[str, ...],
-    state_dtype: StateDtype,
+    kinds: tuple[str, ...],
     master: str | None,
     params: np.dtype[Any],
     grads: np.dtype[Any],
     out: np.dtype[Any] | None,
     rounds: bool,
 ) -> StoredTypes:
-    _, dtypes = kept(names, precision.of_states(names, state_dtype), master, formats.math_of(params))
-    states, (of_master,) = dtypes[: len(names)], dtypes[len(names) :] or (None,)
+    _, dtypes = kept(kinds, kinds, master, formats.math_of(params))
+    states, (of_master,) = dtypes[: len(kinds)], dtypes[len(kinds) :] or (None,)
     return StoredTypes(params, grads, states, of_master, out, rounds)
 
 

@@ -26,6 +26,11 @@ _NAMES: dict[np.dtype[Any], str] = {
     eight_bit.SIGNED: "8bit",
     eight_bit.UNSIGNED: "8bit",
 }
+SIGNED_8BIT, UNSIGNED_8BIT = "8bit with a sign", "8bit without"
+"""What users call "8bit", of states that may be negative and of others."""
+
+_DTYPES = {"bfloat16": BFLOAT16, SIGNED_8BIT: eight_bit.SIGNED, UNSIGNED_8BIT: eight_bit.UNSIGNED}
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _ML_DTYPES = 'pip install "fastadam[bfloat16]"'
 
 
@@ -34,11 +39,14 @@ def name_of(dtype: np.dtype[Any]) -> str:
     return _NAMES.get(dtype) or str(dtype)
 
 
-def stored_as(state: str, kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of a state that is to be kept as a kind; "float32" is the dtype of the arithmetic."""
-    if kind == "8bit":
-        return eight_bit.SIGNED if state == "exp_avg" else eight_bit.UNSIGNED
-    return BFLOAT16 if kind == "bfloat16" else math
+def stored_as(kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of a state that is kept in a format; "float32" is the dtype of the arithmetic."""
+    return _DTYPES.get(kind, math)
+
+
+def kind_of(dtype: np.dtype[Any]) -> str:
+    """Return the format of a state of a dtype."""
+    return _KINDS.get(dtype, "float32")
 
 
 def math_of(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -69,7 +69,7 @@ CHECKS: dict[str, Check] = {
     "ema_decay": _ema_decay,
     "zero_grads": require_flag,
     "telemetry": require_flag,
-    "state_dtype": precision.state_dtype_of_all,
+    "state_dtype": precision.state_dtype,
     "master_params": precision.master_params,
     "rounding": precision.rounding,
     "seed": precision.from_zero,
@@ -103,8 +103,8 @@ class Hyperparameters(ABC):
     telemetry : bool
         Report norms and counts of each step.
     state_dtype : str or tuple of str
-        How the states are stored: "float32" (the dtype of the arithmetic), "bfloat16" or "8bit"; one for each
-        moment.
+        How the states are stored: "float32" (the dtype of the arithmetic), "bfloat16" or "8bit"; or one for
+        those with a sign and one for those that are never negative.
     master_params : str or None
         What is kept of 16-bit parameters: "float32", or "split", what they lack.
     rounding : str
@@ -212,6 +212,11 @@ class Hyperparameters(ABC):
         """The names of what is kept of each element: the states in the order of the rule, the average."""
         states = self.rule.states
         return states if self.ema_decay is None else (*states, "param_ema")
+
+    def formats(self, state_dtype: precision.StateDtype | None = None) -> tuple[str, ...]:
+        """Return the format of each state, or what it would be with another ``state_dtype``."""
+        stored = self.state_dtype if state_dtype is None else state_dtype
+        return precision.of_states(self.state, self.rule.nonnegative or (), stored)
 
     @property
     def stores_plainly(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from fastadam import buffers, precision, stored
+from fastadam import buffers, stored
 from fastadam.adam import AdamHyperparameters, FusedAdam
 from fastadam.arrays import Scalar
 from fastadam.checks import count
@@ -112,7 +112,7 @@ def init(flat_params: Array, *, segments: Iterable[Segment] = (), **hyperparamet
     _require_possible_in_jax(params.dtype)
     stored.require_possible(h, params.dtype)
     given.units(params.size)
-    kinds = precision.of_states(h.state, h.state_dtype)
+    kinds = h.formats()
     entries = State.of_params(params, h.state, kinds, stored.master_of(h), State()).to_dict()  # type: ignore[arg-type]
     steps = np.asarray(entries.pop("step"), np.int32)
     steps, arrays = _to_jax((steps, entries))
@@ -170,7 +170,7 @@ def step(
     if lr is not None:
         optimizer.lr = lr
     h = optimizer._hyperparameters
-    said = precision.of_states(h.state, h.state_dtype)
+    said = h.formats()
     optimizer._state = State.from_dict({"step": taken, **kept}, h.state, State(), said=said, wanted=said)
     optimizer.step(params, grads, grad_scale=grad_scale)
     entries = optimizer.state.to_dict(copy=False)

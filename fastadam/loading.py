@@ -13,7 +13,9 @@ from fastadam.buffers import Array, Buffer
 _REMAINDER = "param_remainder"
 
 SCALES = "_scales"
-"""Behind the name of a moment in 8 bits: the key of its scales."""
+"""Behind the name of a state in 8 bits: the key of its scales."""
+IN_BLOCKS = frozenset({formats.SIGNED_8BIT, formats.UNSIGNED_8BIT})
+"""The formats of states that have scales."""
 
 
 def array(value: object, label: str, kind: str) -> Buffer:
@@ -41,7 +43,7 @@ def array(value: object, label: str, kind: str) -> Buffer:
             name = formats.name_of(codes.dtype)
             raise TypeError(f"{label} must be codes of bfloat16 in uint16; got {name}.")
         return codes
-    if kind == "8bit":
+    if kind in IN_BLOCKS:
         if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
             found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
             raise TypeError(f"{label} must be codes of 8 bits in a uint8 array; got {found}.")
@@ -84,7 +86,7 @@ def scales(entries: Mapping[str, Any], state: str, codes: Buffer, dtype: np.dtyp
     return found  # type: ignore[return-value]
 
 
-def dtype_of(state: str, kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
+def dtype_of(kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of a state that is kept in a format, or of a master.
 
     Raises
@@ -94,9 +96,11 @@ def dtype_of(state: str, kind: str, math: np.dtype[Any]) -> np.dtype[Any]:
     """
     if kind == _REMAINDER:
         return np.dtype(np.int16)
-    if kind in {"bfloat16", "8bit"} and math != formats.FLOAT32:
-        raise ValueError(f"state_dtype must be 'float32', the default, for float64 moments; got {kind!r}.")
-    return math if kind == "param_master" else formats.stored_as(state, kind, math)
+    dtype = formats.stored_as(kind, math)
+    if math != formats.FLOAT32 and dtype != math:
+        asked = formats.name_of(dtype)
+        raise ValueError(f"state_dtype must be 'float32', the default, for float64 moments; got {asked!r}.")
+    return dtype
 
 
 def converted(values: Any, given_scales: Array | None, dtype: np.dtype[Any]) -> tuple[Any, Array | None]:

@@ -12,7 +12,6 @@ from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.momentum_schedule import Average, Gradient
 from fastadam.optimizer import FusedOptimizer, Options
-from fastadam.precision import state_dtype
 from fastadam.rule import LARGEST_STEP_SIZE, InverseBiasCorrection, LrOver, PerStep, Rule, in_range, number
 from fastadam.tunables import HasBetas, HasDecoupled, HasEps
 
@@ -36,7 +35,7 @@ class NAdamHyperparameters(Hyperparameters):
 
     KIND = "nadam"
     OWN = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
-    OWN_CHECKS: ClassVar = {"state_dtype": state_dtype, "momentum_decay": at_least_zero}
+    OWN_CHECKS: ClassVar = {"momentum_decay": at_least_zero}
 
     lr: Any = 2e-3
     betas: Any = (0.9, 0.999)

@@ -15,7 +15,6 @@ from fastadam import (
     device_buffers,
     device_steps,
     formats,
-    precision,
     sparse_rows,
     stored,
     streams,
@@ -533,7 +532,7 @@ class FusedOptimizer(Tunables, Persistent):
         if state._layout.size:
             buffers.require_same_size("flat_params", params, "the state", state._layout)
         stored.require_possible(h, params.dtype)
-        kinds = precision.of_states(names, h.state_dtype)
+        kinds = h.formats()
         if isinstance(params, DeviceBuffer):
             if streams.is_captured(kernels, params, cast("DeviceBuffer", grads)):
                 raise ValueError(

@@ -130,9 +130,8 @@ class Persistent(ABC):
         if self._capturable:
             clocks.require_possible(hyperparameters, loaded)
         accumulator = Accumulator.from_dict(entries)
-        kinds = (precision.of_states(hyperparameters.state, kind) for kind in (said, h.state_dtype))
-        said_of_each, wanted = kinds
-        state = State.from_dict(entries, hyperparameters.state, self._state, said=said_of_each, wanted=wanted)
+        kinds = {"said": hyperparameters.formats(said), "wanted": hyperparameters.formats()}
+        state = State.from_dict(entries, hyperparameters.state, self._state, **kinds)
         self._hyperparameters = hyperparameters
         self._use(loaded)
         self._replace_state(state, accumulator)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastadam.checks import count
+from fastadam.formats import SIGNED_8BIT, UNSIGNED_8BIT
 
 StateDtype = str | tuple[str, str]
-"""A format of both moments, or one for each."""
+"""A format of all states, or one of those with a sign and one of those that are never negative."""
 
 _STATE = ("float32", "bfloat16", "8bit")
 
@@ -20,22 +21,12 @@ def rounding(name: str, value: object) -> str:
 
 
 def state_dtype(name: str, value: object) -> StateDtype:
-    """Return a format of the moments, or a pair of two different ones."""
+    """Return a format of the states, or a pair of two different ones."""
     given = value if isinstance(value, (tuple, list)) else (value, value)
     if len(given) != 2 or not all(isinstance(one, str) and one in _STATE for one in given):
         raise ValueError(f"{name} must be 'float32', 'bfloat16', '8bit' or a pair of them; got {value!r}.")
     first, second = map(str, given)
     return first if first == second else (first, second)
-
-
-def state_dtype_of_all(name: str, value: object) -> StateDtype:
-    """Return the format of all states of a rule whose moments are not Adam's."""
-    if not isinstance(value, str) or value not in {"float32", "bfloat16"}:
-        raise ValueError(
-            f"{name} must be 'float32' or 'bfloat16' for this optimizer; got {value!r}. Only moments like"
-            " Adam's are kept in 8 bits, or each in a format."
-        )
-    return str(value)
 
 
 def master_params(name: str, value: object) -> str | None:
@@ -51,13 +42,15 @@ def from_zero(name: str, value: object) -> int:
 
 
 def pair(stored: StateDtype) -> tuple[str, str]:
-    """Return the formats of first and of second moments."""
+    """Return the formats of states with a sign and of those that are never negative."""
     return (stored, stored) if isinstance(stored, str) else stored
 
 
-def of_states(names: Sequence[str], stored: StateDtype) -> tuple[str, ...]:
-    """Return the format of each state: those of second moments are alike, an average is never rounded."""
-    first, second = pair(stored)
+def of_states(names: Sequence[str], nonnegative: Collection[str], stored: StateDtype) -> tuple[str, ...]:
+    """Return the format of each state, as :mod:`fastadam.formats` has it; an average is never rounded."""
+    signed, unsigned = pair(stored)
+    signed = SIGNED_8BIT if signed == "8bit" else signed
+    unsigned = UNSIGNED_8BIT if unsigned == "8bit" else unsigned
     return tuple(
-        first if name == "exp_avg" else "float32" if name == "param_ema" else second for name in names
+        "float32" if name == "param_ema" else unsigned if name in nonnegative else signed for name in names
     )

@@ -10,7 +10,6 @@ from fastadam.arrays import Number
 from fastadam.hyperparameters import Hyperparameters, Schedule
 from fastadam.kernels import relatives
 from fastadam.optimizer import FusedOptimizer, Options
-from fastadam.precision import state_dtype
 from fastadam.rectification import Rectification
 from fastadam.rule import LARGEST_STEP_SIZE, LR_OVER_BIAS_CORRECTION1, PerStep, Rule, in_range, number
 from fastadam.tunables import HasBetas, HasDecoupled, HasEps
@@ -29,7 +28,6 @@ class RAdamHyperparameters(Hyperparameters):
 
     KIND = "radam"
     OWN = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
-    OWN_CHECKS: ClassVar = {"state_dtype": state_dtype}
 
     lr: Any = 1e-3
     betas: Any = (0.9, 0.999)

@@ -67,6 +67,10 @@ class Range(NamedTuple):
     names: tuple[str, ...]  # "lr" is the learning rate
 
 
+NONNEGATIVE = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "acc_delta"})
+"""The states of fastadam's rules that are never negative."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule.
@@ -83,6 +87,8 @@ class Rule:
         What is checked before any is formed.
     start : mapping of str to str
         States that do not begin with 0, and the number that they begin with.
+    nonnegative : frozenset of str or None
+        States that are never negative, which have a format of 8 bits of their own; None if nobody knows.
     """
 
     coefficients: type
@@ -90,6 +96,7 @@ class Rule:
     columns: tuple[Constant | PerStep | LrOver, ...]
     ranges: tuple[Range, ...] = ()
     start: Mapping[str, str] = field(default_factory=dict)
+    nonnegative: frozenset[str] | None = NONNEGATIVE
 
     __hash__ = object.__hash__
 

@@ -271,7 +271,7 @@ class State:
         masters = tuple(name for name in _MASTER_DTYPES if name in entries)
         said, wanted = (kinds or ("float32",) * len(names) for kinds in (said, wanted))
         scales = tuple(
-            name + loading.SCALES for name, kind in zip(names, said, strict=True) if kind == "8bit"
+            name + loading.SCALES for name, kind in zip(names, said, strict=True) if kind in loading.IN_BLOCKS
         )
         unknown = [key for key in entries if key not in {"step", *names, *masters, *scales}]
         if unknown:
@@ -293,13 +293,13 @@ class State:
             if kind in MASTERS.values() and math != formats.FLOAT32:
                 raise TypeError(f"{label} must come with moments of float32; got {math}.")
             buffers.require_same_size(label, moment, model_label, model)
-        dtypes = tuple(loading.dtype_of(n, kind, math) for n, kind in zip(names, wanted, strict=True))
+        dtypes = tuple(loading.dtype_of(kind, math) for kind in wanted)
 
         state = cls(names, moments[0].size, math, step, dtypes)
         for k, (name, kind, moment) in enumerate(zip(names, said, moments, strict=True)):
             codes, given_scales = moment, None
-            if kind == "8bit":
-                dtype = loading.dtype_of(name, kind, math)
+            if kind in loading.IN_BLOCKS:
+                dtype = loading.dtype_of(kind, math)
                 given_scales = loading.scales(entries, name, moment, dtype)
                 codes = cast("buffers.Array", moment).view(dtype)
             state._views[k][...], of_blocks = loading.converted(codes, given_scales, dtypes[k])
@@ -310,7 +310,7 @@ class State:
     def to_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return ``step`` and the moments in CPU memory, as copies or views; waits for the device."""
         copies = list(map(self._copy if copy else _itself, self._views))
-        as_codes = {"bfloat16": np.uint16, "8bit": np.uint8}
+        as_codes = {"bfloat16": np.uint16, **dict.fromkeys(loading.IN_BLOCKS, np.uint8)}
         copies = [
             copy.view(as_codes.get(self._kind_of(name), copy.dtype))
             for name, copy in zip(self._names, copies, strict=True)
@@ -337,8 +337,7 @@ class State:
         """Return the format of a state; of what is not coded "float32"."""
         if name in _MASTER_DTYPES:
             return "float32"
-        found = formats.name_of(self._views[self._names.index(name)].dtype)
-        return found if found in {"bfloat16", "8bit"} else "float32"
+        return formats.kind_of(self._views[self._names.index(name)].dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = tuple(name for name in self._names if name not in _MASTER_DTYPES)
@@ -364,7 +363,7 @@ class State:
             return None
         k = self._names.index(name)
         view, kind = self._views[k], self._kind_of(name)
-        if kind == "8bit":
+        if kind in loading.IN_BLOCKS:
             codes, scales = (
                 (view, self._scales[k])
                 if self._kernels is None
@@ -460,7 +459,7 @@ def kept(
     names: tuple[str, ...], stored: tuple[str, ...], master: str | None, math: np.dtype[Any]
 ) -> tuple[tuple[str, ...], tuple[np.dtype[Any], ...]]:
     """Return the names of states and of a master, and how each is stored."""
-    dtypes = tuple(formats.stored_as(*pair, math) for pair in zip(names, stored, strict=True))
+    dtypes = tuple(formats.stored_as(kind, math) for kind in stored)
     if master is None:
         return names, dtypes
     return (*names, master), (*dtypes, np.dtype(_MASTER_DTYPES[master]))

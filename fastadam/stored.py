@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadam import buffers, formats, precision
+from fastadam import buffers, formats
 from fastadam.buffers import Array, Buffer
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
@@ -75,7 +75,7 @@ def warmup(
     h: Hyperparameters, params: Array, c: Coefficients, update: rules.Update, segments: Sequence[Segment]
 ) -> None:
     """Compile, or load from the disk cache, all loops for parameters and gradients like ``params``, empty."""
-    kinds = precision.of_states(h.state, h.state_dtype)
+    kinds = h.formats()
     state = State.of_params(params, h.state, kinds, master_of(h), State())
     storage, _ = storage_of(h, params, params, None, state, step=1)
     size = max((segment.stop for segment in segments), default=1)

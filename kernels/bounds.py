@@ -1,8 +1,9 @@
-"""Bounds of the new moments of a block of 128 elements, known before they are: they become its scales.
+"""Bounds of the new states of a block of 128 elements, which become its scales.
 
-A scale follows the largest gradient of the block as the moments follow theirs. So a step takes one look at
-the gradients of a block, which are in the cache then, and one pass over all else. :mod:`fastadam.eight_bit`
-has the format to the bit.
+Of Adam's moments they are known before these are: a scale follows the largest gradient of the block as the
+moments follow theirs. So a step takes one look at the gradients of a block, which are in the cache then, and
+one pass over all else. Of other rules the first look computes the new states, the second computes them again
+and stores them. :mod:`fastadam.eight_bit` has the format to the bit.
 
 Functions here, in :mod:`fastadam.kernels.views` and in :mod:`fastadam.kernels.elements` take a tuple of
 states in any storage, of which those in 8 bits have scales. What is formed for a block is a tuple with
@@ -20,7 +21,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .bits import ABS, Bits
+from . import relatives, rules
+from .bits import ABS, INF, Bits
 from .eight_bits import OFFSET, SIGNED, UNSIGNED
 
 _INT, _FLOAT, _BOOL = ir.IntType(32), ir.FloatType(), ir.IntType(1)
@@ -30,6 +32,9 @@ FINE = 0x7FFFFFFC
 
 _LEAST, _LARGEST = 0x00800000, 0x7F088888
 """Of scales: 2**-126, of which the inverse is finite, and 2**128 / 1.875, of which all codes are."""
+
+FORESEEN = frozenset({rules.Adam, rules.AMSGrad, relatives.NAdam, relatives.RAdam})
+"""The rules whose moments follow gradients and their squares, as ``beta1`` and ``beta2`` say."""
 
 _UP = 1 + 2.0**-20
 """Covers what rounding could add to a moment beyond its bound."""
@@ -124,6 +129,72 @@ def with_step(
         return context.make_tuple(builder, bounds, found)
 
     return bounds(bounds, states, scales, block, peak, rule), emit
+
+
+@intrinsic
+def no_extents(typing_context: Any, states: Any) -> Any:
+    """Return for each state the largest and the least magnitude but zero of no elements, as bits."""
+    extents = types.UniTuple(types.uint32, 2 * len(states))
+    found = [0, ABS] * len(states)
+    return extents(states), lambda context, *_: ir.Constant(context.get_value_type(extents), found)
+
+
+@intrinsic
+def with_new(typing_context: Any, extents: Any, states: Any, numbers: Any, finite_only: Any) -> Any:
+    """Widen extents to the new states of an element; with ``finite_only``, to those that are finite."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build, found = Bits(builder), cgutils.unpack_tuple(builder, arguments[0])
+        values, is_any = cgutils.unpack_tuple(builder, arguments[2]), builder.not_(arguments[3])
+        for k, kind in in_blocks(states):
+            bits = build.masked(build.of(values[k]), ABS)
+            counts = builder.or_(is_any, builder.icmp_unsigned("<", bits, _INT(INF)))
+            found[2 * k] = build.larger(builder.select(counts, bits, _INT(0)), found[2 * k])
+            if kind == UNSIGNED:
+                found[2 * k + 1] = _less(builder, bits, found[2 * k + 1])
+        return context.make_tuple(builder, extents, found)
+
+    return extents(extents, states, numbers, finite_only), emit
+
+
+@intrinsic
+def with_left(typing_context: Any, extents: Any, states: Any, numbers: Any) -> Any:
+    """Widen extents downwards, to the states of an element that is kept as it is."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build, found = Bits(builder), cgutils.unpack_tuple(builder, arguments[0])
+        values = cgutils.unpack_tuple(builder, arguments[2])
+        for k, kind in in_blocks(states):
+            if kind == UNSIGNED:
+                bits = build.masked(build.of(values[k]), ABS)
+                found[2 * k + 1] = _less(builder, bits, found[2 * k + 1])
+        return context.make_tuple(builder, extents, found)
+
+    return extents(extents, states, numbers), emit
+
+
+def _less(builder: Any, bits: Any, least: Any) -> Any:
+    """Emit the smaller of the bits of two magnitudes; zero is larger than all."""
+    build = Bits(builder)
+    return builder.add(build.smaller(build.plus(bits, -1), build.plus(least, -1)), _INT(1))
+
+
+@intrinsic
+def with_extents(typing_context: Any, bounds: Any, states: Any, extents: Any) -> Any:
+    """Raise bounds to what elements reach that are stepped."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build, found = Bits(builder), cgutils.unpack_tuple(builder, arguments[0])
+        largest = cgutils.unpack_tuple(builder, arguments[2])[::2]
+        for k, kind in in_blocks(states):
+            share = _PER_PEAK if kind == SIGNED else _PER_SQUARE
+            bound = build.of(builder.fmul(build.float(largest[k]), _single(share)))
+            if kind == UNSIGNED:
+                bound = build.masked(build.plus(bound, 3), 0xFFFFFFFC)
+            found[k] = build.larger(build.larger(bound, _LEAST), found[k])
+        return context.make_tuple(builder, bounds, found)
+
+    return bounds(bounds, states, extents), emit
 
 
 @intrinsic

@@ -21,9 +21,10 @@ _DRAWS = types.UniTuple(types.uint32, 2)
 
 
 class Word(NamedTuple):
-    """Random bits for one state."""
+    """Random bits for one state, as it may be stored; states of one element share few of them."""
 
-    whole: Any
+    signed: Any  # its lower bits are for signed codes of 8 bits
+    unsigned: Any  # its upper bits are for those without a sign
     half: Any  # its lower 16 bits are for 16-bit storage
 
 
@@ -58,7 +59,13 @@ def words_for_states(builder: Any, draws: Any) -> list[Word]:
     """Emit random bits for each of at most three states; an average behind them is not rounded."""
     one, other = (mixed(builder, draw) for draw in cgutils.unpack_tuple(builder, draws))
     upper, upper_of_other = (builder.lshr(word, _INT(16)) for word in (one, other))
-    return [Word(one, one), Word(one, upper), Word(other, upper_of_other)]
+    turned, other_turned = (_turned(builder, word) for word in (one, other))
+    return [Word(one, turned, one), Word(turned, one, upper), Word(other_turned, other, upper_of_other)]
+
+
+def _turned(builder: Any, word: Any) -> Any:
+    """Emit a word with its halves exchanged."""
+    return builder.or_(builder.lshr(word, _INT(16)), builder.shl(word, _INT(16)))
 
 
 @intrinsic

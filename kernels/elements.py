@@ -54,7 +54,9 @@ def _store(
     if state.dtype in VIEWS:
         encode: Callable[..., Any] = encode_signed if state.dtype == SIGNED else encode_unsigned
         nearest = ROUNDS_SIGNED if state.dtype == SIGNED else ROUNDS_UNSIGNED
-        random = _INT(nearest) if word is None else word.whole
+        random = _INT(nearest)
+        if word is not None:
+            random = word.signed if state.dtype == SIGNED else word.unsigned
         number = encode(builder, number, parts_of(builder, state.dtype, view), random, is_clamped)
     elif state.dtype in ENCODERS:
         number = ENCODERS[state.dtype](builder, number, None if word is None else word.half)

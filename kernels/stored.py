@@ -17,7 +17,19 @@ from numba import prange, types
 from numba.extending import overload
 
 from . import rules, threads
-from .bounds import are_finite, larger_magnitude, limited, no_bounds, with_kept, with_step
+from .bounds import (
+    FORESEEN,
+    are_finite,
+    larger_magnitude,
+    limited,
+    no_bounds,
+    no_extents,
+    with_extents,
+    with_kept,
+    with_left,
+    with_new,
+    with_step,
+)
 from .compiling import INLINED, called, each_form, inlined, jit
 from .cpu import PARALLEL_FROM
 from .distinct import memory_of, moved, pointers_to, prefetch
@@ -28,7 +40,7 @@ from .rounding import Rounding, Storage
 from .rows import part_of_row
 from .storage import at_element, load, load_param, store, store_param
 from .units import Integers, each_share
-from .views import checks_of, set_scales, views_of
+from .views import checks_of, set_scales, views_before, views_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -112,6 +124,91 @@ def _step_run(c: Any, memory: Any, start: int, stop: int, clear: Any, rounding: 
 
 
 # --- Blocks -------------------------------------------------------------------------------------------------
+#
+# The limits of a block are bounds of its new states, and the least that is left: of rules that are foreseen
+# the least share of old second moments, of others the extents of the new states.
+
+
+@inlined
+def _foresee(
+    c: Any, memory: Any, scales: Any, block: int, checks: Any, size: int, finite_only: bool, limits: Any
+) -> Any:
+    """Widen limits to what elements become, by their gradients."""
+    states, rule = memory[2], c[3]
+    peak = _peak(c, memory, size, finite_only)
+    return with_step(limits[0], states, scales, block, peak, rule), min(limits[1], rule.beta2)
+
+
+@inlined
+def _compute(
+    c: Any, memory: Any, scales: Any, block: int, checks: Any, size: int, finite_only: bool, limits: Any
+) -> Any:
+    """Widen limits to what elements become."""
+    params, grads, states, master, _ = memory
+    views, extents = views_before(states, scales, block), limits[1]
+    for j in range(size):
+        i: Any = np.uint64(j)
+        state = load_states(states, i, views, checks)
+        _, state = rules.update(load_param(params, master, i), load(grads, i), state, rules.Update(*c))
+        extents = with_new(extents, states, state, finite_only)
+    return with_extents(limits[0], states, extents), extents
+
+
+@inlined
+def _compute_kept(memory: Any, scales: Any, block: int, checks: Any, size: int, extents: Any) -> Any:
+    states = memory[2]
+    views = views_before(states, scales, block)
+    for j in range(size):
+        i: Any = np.uint64(j)
+        extents = with_left(extents, states, load_states(states, i, views, checks))
+    return extents
+
+
+def _is_foreseen(rule: Any) -> bool:
+    return getattr(rule, "instance_class", None) in FORESEEN
+
+
+def no_limits(states: Any, rule: Any) -> Any:
+    """Return the limits of no elements; for compiled loops."""
+
+
+@overload(no_limits, jit_options=INLINED, strict=False)
+def _compiled_no_limits(states: Any, rule: Any) -> Callable[..., Any]:
+    if _is_foreseen(rule):
+        return lambda states, rule: (no_bounds(states), np.float32(1))  # noqa: ARG005
+    return lambda states, rule: (no_bounds(states), no_extents(states))  # noqa: ARG005
+
+
+def with_stepped(
+    c: Any, memory: Any, scales: Any, block: int, checks: Any, size: int, finite_only: bool, limits: Any
+) -> Any:
+    """Widen limits to elements that are stepped, with ``finite_only`` to what is finite; for loops."""
+
+
+@overload(with_stepped, jit_options=INLINED, strict=False)
+def _compiled_with_stepped(
+    c: Any, memory: Any, scales: Any, block: int, checks: Any, size: int, finite_only: bool, limits: Any
+) -> Callable[..., Any]:
+    return _foresee if _is_foreseen(c[3]) else _compute
+
+
+def with_frozen(memory: Any, scales: Any, block: int, checks: Any, size: int, limits: Any) -> Any:
+    """Widen limits to elements that are kept as they are; for compiled loops."""
+
+
+@overload(with_frozen, jit_options=INLINED, strict=False)
+def _compiled_with_frozen(
+    memory: Any, scales: Any, block: int, checks: Any, size: int, limits: Any
+) -> Callable[..., Any]:
+    if not isinstance(limits[1], types.BaseTuple):
+        return lambda memory, scales, block, checks, size, limits: (  # noqa: ARG005
+            with_kept(limits[0], memory[2], scales, block),
+            limits[1],
+        )
+    return lambda memory, scales, block, checks, size, limits: (
+        with_kept(limits[0], memory[2], scales, block),
+        _compute_kept(memory, scales, block, checks, size, limits[1]),
+    )
 
 
 @inlined
@@ -120,11 +217,12 @@ def _step_blocks(c: Any, memory: Any, scales: Any, start: int, stop: int, clear:
     while start + BLOCK <= stop:
         here, block = moved(memory, start), start // BLOCK
         prefetch(here)
-        states, peak = here[2], _peak(c, here, BLOCK, False)
-        bounds = with_step(no_bounds(states), states, scales, block, peak, c[3])
+        states = here[2]
+        limits = no_limits(states, c[3])
+        bounds, least = with_stepped(c, here, scales, block, None, BLOCK, False, limits)
         if not are_finite(states, scales, block, bounds):
             break
-        views = views_of(states, scales, block, bounds, BLOCK, c[3].beta2, True)
+        views = views_of(states, scales, block, bounds, BLOCK, least, True)
         _step_elements(c, here, views, None, BLOCK, clear, draws_at(rounding, start))
         set_scales(states, scales, block, bounds, views, None, BLOCK)
         start += BLOCK
@@ -132,7 +230,7 @@ def _step_blocks(c: Any, memory: Any, scales: Any, start: int, stop: int, clear:
 
 
 @called
-def _bounds_of_block(
+def _limits_of_block(
     memory: Any,
     scales: Any,
     pieces: Any,
@@ -143,21 +241,18 @@ def _bounds_of_block(
     others: Any,
     finite_only: bool,
 ) -> Any:
-    """Return bounds of the new moments of a block, and the least share that is left of old second ones."""
+    """Return the limits of all pieces of a block."""
     start, stop = bounds_of_block
     states, block, rule = moved(memory, start)[2], start // BLOCK, others[2]
-    bounds, least = no_bounds(states), np.float32(1)
+    limits, checks = no_limits(states, rule), checks_of(states, scales, block, True)
     for k in range(group[0], group[1]):
         a, b, row = max(pieces[k, 0], start), min(pieces[k, 1], stop), pieces[k, 2]
         if row == KEPT:
-            bounds = with_kept(bounds, states, scales, block)
+            limits = with_frozen(moved(memory, a), scales, block, checks, b - a, limits)
         else:
-            arguments = (moved(memory, a), b - a, finite_only)
-            peak = _peak_of_row(coefficients, row, decay, others, arguments)
-            rule_of_row = part_of_row(rule, coefficients, row, 1)
-            least = min(least, rule_of_row.beta2)
-            bounds = with_step(bounds, states, scales, block, peak, rule_of_row)
-    return bounds, least
+            arguments = (moved(memory, a), scales, block, checks, b - a, finite_only, limits)
+            limits = _limits_of_row(coefficients, row, decay, others, arguments)
+    return limits
 
 
 @called
@@ -176,12 +271,12 @@ def _step_block(
     """Step the pieces of one block, or a part of a piece; they may be short, frozen, or not finite."""
     start, stop = bounds_of_block
     block, states = start // BLOCK, moved(memory, start)[2]
-    bounds, least = _bounds_of_block(
+    bounds, least = _limits_of_block(
         memory, scales, pieces, group, bounds_of_block, coefficients, decay, others, False
     )
     is_finite = are_finite(states, scales, block, bounds)
     if not is_finite:
-        bounds, least = _bounds_of_block(
+        bounds, least = _limits_of_block(
             memory, scales, pieces, group, bounds_of_block, coefficients, decay, others, True
         )
         bounds = limited(bounds)
@@ -218,7 +313,7 @@ def _with_row(function: Callable[..., Any]) -> Any:
     return inlined(called)
 
 
-_peak_of_row, _step_row = _with_row(_peak), _with_row(_step_elements)
+_limits_of_row, _step_row = _with_row(with_stepped), _with_row(_step_elements)
 step_run_of_row, _step_blocks_of_row = _with_row(_step_run), _with_row(_step_blocks)
 
 

@@ -41,17 +41,17 @@ def views_of(
     block: Any,
     bounds: Any,
     size: Any,
-    beta2: Any,
+    least: Any,
     is_finite: Any,
 ) -> Any:
     """Return how a block of ``size`` elements is read and written; None for states that are not in blocks.
 
-    ``beta2`` is the least share of a second moment that is left of it.
+    ``least`` is the least share of a second moment that is left of it, or the extents of the new states.
     """
-    kind_of_views = types.Tuple([VIEWS.get(state.dtype, types.none) for state in states])
+    kind_of_views = _views(states)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        states_, scales_, block_, bounds_, size_, beta2_, is_finite_ = arguments
+        states_, scales_, block_, bounds_, size_, least_, is_finite_ = arguments
         build, found = Bits(builder), [context.get_dummy_value()] * len(states)
         of_states, memory = (cgutils.unpack_tuple(builder, value) for value in (bounds_, states_))
         for k, kind in in_blocks(states):
@@ -61,33 +61,64 @@ def views_of(
             if kind == SIGNED:
                 view = Signed(build.float(build.masked(word, ABS)), inverse)
             else:
-                least = _least_code(builder, states[k], memory[k], size_)
-                view = _view_of_second(builder, word, inverse, least, beta2_, is_finite_)
+                scale, shift, zero = _second_before(builder, word)
+                is_open = builder.not_(is_finite_)
+                if isinstance(least, types.BaseTuple):
+                    number = build.float(cgutils.unpack_tuple(builder, least_)[2 * k + 1])
+                else:
+                    # A block that was never stepped has no least: what comes could lie anywhere.
+                    is_open = builder.or_(is_open, builder.icmp_unsigned("==", word, _INT(0)))
+                    code = _least_code(builder, states[k], memory[k], size_)
+                    number = build.float(builder.add(zero, builder.shl(code, shift)))
+                    number = builder.fmul(builder.fmul(number, scale), least_)
+                new_shift = _new_shift(builder, builder.fmul(number, inverse), is_open)
+                first = builder.add(base(builder, new_shift), builder.shl(_INT(1), new_shift))
+                view = Unsigned(scale, shift, zero, inverse, new_shift, first)
             found[k] = context.make_tuple(builder, VIEWS[kind], list(view))
         return context.make_tuple(builder, kind_of_views, found)
 
-    signature = kind_of_views(states, scales, block, bounds, size, beta2, is_finite)
-    return signature, emit
+    return kind_of_views(states, scales, block, bounds, size, least, is_finite), emit
 
 
-def _view_of_second(
-    builder: Any, word: Any, inverse: Any, least_code: Any, beta2: Any, is_finite: Any
-) -> Unsigned:
+@intrinsic
+def views_before(typing_context: Any, states: Any, scales: Any, block: Any) -> Any:
+    """Return how a block is read; nothing may be written so."""
+    kind_of_views = _views(states)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build, found = Bits(builder), [context.get_dummy_value()] * len(states)
+        for k, kind in in_blocks(states):
+            word = builder.load(scale_at(builder, arguments[1], k, arguments[2]))
+            view: list[Any] = [build.float(build.masked(word, ABS)), _FLOAT(0)]
+            if kind == UNSIGNED:
+                view = [*_second_before(builder, word), _FLOAT(0), _INT(0), _INT(0)]
+            found[k] = context.make_tuple(builder, VIEWS[kind], view)
+        return context.make_tuple(builder, kind_of_views, found)
+
+    return kind_of_views(states, scales, block), emit
+
+
+def _views(states: Any) -> types.Tuple:
+    return types.Tuple([VIEWS.get(state.dtype, types.none) for state in states])
+
+
+def _second_before(builder: Any, word: Any) -> tuple[Any, Any, Any]:
+    """Emit how a block of second moments is read: the first parts of its view."""
     build = Bits(builder)
-    scale = build.float(build.masked(word, FINE))
     shift = build.plus(build.masked(word, COARSEST), SHIFT)
-    zero = base(builder, shift)
-    # The least that a moment that is not zero can become decides how coarse mantissas must be.
-    least = build.float(builder.add(zero, builder.shl(least_code, shift)))
-    least = builder.fmul(builder.fmul(builder.fmul(least, scale), beta2), inverse)
+    return build.float(build.masked(word, FINE)), shift, base(builder, shift)
+
+
+def _new_shift(builder: Any, least: Any, is_open: Any) -> Any:
+    """Emit how far codes will be shifted.
+
+    The least that a moment that is not zero can become, in units of the new scale, decides how coarse
+    mantissas must be.
+    """
+    build = Bits(builder)
     span = build.down(builder.sub(_INT(TWO), build.of(least)), SHIFT)
-    # A block that was never stepped has no least: what comes could lie anywhere.
-    is_fresh = builder.icmp_unsigned("==", word, _INT(0))
-    is_open = builder.or_(is_fresh, builder.not_(is_finite))
     coarse = builder.select(is_open, _INT(COARSEST), _coarseness(builder, span))
-    new_shift = build.plus(coarse, SHIFT)
-    first = builder.add(base(builder, new_shift), builder.shl(_INT(1), new_shift))
-    return Unsigned(scale, shift, zero, inverse, new_shift, first)
+    return build.plus(coarse, SHIFT)
 
 
 def _coarseness(builder: Any, span: Any) -> Any:
