@@ -233,10 +233,12 @@ class State:
 
     def _fill(self, start: Mapping[str, float]) -> None:
         for name, value in start.items():
-            view = self._views[self._names.index(name)]
+            k = self._names.index(name)
             with np.errstate(over="ignore"):  # what does not fit is refused before a step is taken
                 number = np.array([value], self._layout.dtype)
-            view[...] = loading.converted(number, None, view.dtype)[0]
+            self._views[k][...], scales = loading.converted(number, None, self._views[k].dtype)
+            if scales is not None:
+                self._scales[k][...] = scales
 
     @classmethod
     def from_dict(

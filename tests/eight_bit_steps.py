@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 from segment_steps import slices
 
-from fastadam import eight_bit, precision
+from fastadam import eight_bit, formats
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
-from fastadam.kernels import relatives, rules
+from fastadam.kernels import bounds, relatives, rules
 from fastadam.rounding import rounding
 
 BLOCK = 128
@@ -22,6 +22,7 @@ PER_PEAK, PER_SQUARE = F((1 + 2.0**-20) / (1.875 - 2.0**-15)), F((1 + 2.0**-20) 
 ABS, FINE, SIGN = U(0x7FFFFFFF), U(0x7FFFFFFC), U(0x80000000)
 LEAST, LARGEST = U(0x00800000), U(0x7F088888)
 DTYPES = {"float32": F, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SIGNS = (formats.SIGNED_8BIT, formats.UNSIGNED_8BIT)
 
 
 def bits(number):
@@ -70,7 +71,10 @@ def advanced(c, param, grad, states):
     if not isinstance(rule, rules.Adam):
         moments = tuple(value for name, value in states.items() if name != "param_ema")
         with mock.patch.object(rules, "sqrt", np.sqrt), mock.patch.object(relatives, "sqrt", np.sqrt):
-            param, new = rules.advance(param, grad, moments, rule)
+            if type(rule) in bounds.FORESEEN:
+                param, new = rules.advance(param, grad, moments, rule)
+            else:
+                param, *new = one_by_one(rule, param, grad, *moments)
         average = (moving(states["param_ema"], param, *c.average),) if "param_ema" in states else ()
         return param, dict(zip(states, (*new, *average), strict=True))
     first = moving(states["exp_avg"], grad, rule.beta1, rule.one_minus_beta1)
@@ -83,6 +87,15 @@ def advanced(c, param, grad, states):
     if "param_ema" in states:
         new["param_ema"] = moving(states["param_ema"], param, *c.average)
     return param, new
+
+
+def one_by_one(rule, param, grad, *moments):
+    """Return the new parameters and states of a rule that chooses for each element."""
+    found = np.empty((1 + len(moments), param.size), F)
+    for k, (p, g, *state) in enumerate(zip(param, grad, *moments, strict=True)):
+        new, moved = rules.advance(p, g, tuple(state), rule)
+        found[:, k] = new, *moved
+    return found
 
 
 # --- Codes --------------------------------------------------------------------------------------------------
@@ -135,25 +148,45 @@ class literal_blocks:  # noqa: N801
 
     def __init__(self, params, segments=(), h=None, **options):
         self.h = h = h or AdamHyperparameters(**options)
-        self.kinds = dict(zip(h.state, precision.of_states(h.state, h.state_dtype), strict=True))
+        self.kinds = dict(zip(h.state, h.formats(), strict=True))
+        self.in_blocks = [name for name, kind in self.kinds.items() if kind in SIGNS]
+        self.is_foreseen = h.rule.coefficients in bounds.FORESEEN
         self.parts = slices(segments, params.size)
         self.dtype, self.size, self.step_number = params.dtype, params.size, 0
         self.exact = params.astype(F)
         self.states = {
-            name: np.zeros(params.size, np.uint8 if kind == "8bit" else DTYPES[kind])
+            name: np.zeros(params.size, np.uint8 if kind in SIGNS else DTYPES[kind])
             for name, kind in self.kinds.items()
         }
         if h.ema_decay is not None:
             self.states["param_ema"] = self.exact.copy()
         blocks = eight_bit.blocks_of(params.size)
-        self.words = {name: np.zeros(blocks, U) for name, kind in self.kinds.items() if kind == "8bit"}
+        self.words = {name: np.zeros(blocks, U) for name in self.in_blocks}
+        for name, value in h.start().items():
+            self.start(name, np.full(params.size, value, F))
+
+    def start(self, name, values):
+        """Begin with values of a state."""
+        if name not in self.in_blocks:
+            self.states[name][:] = values
+            return
+        dtype = np.dtype(np.int8 if self.has_sign(name) else np.uint8)
+        codes, scales = eight_bit.encode(values, dtype)
+        self.states[name], self.words[name] = codes.view(np.uint8), scales.view(U)
+
+    def has_sign(self, name):
+        return self.kinds[name] == formats.SIGNED_8BIT
+
+    def mask(self, name):
+        """Return the bits of a scale that are its own."""
+        return ABS if self.has_sign(name) else FINE
 
     def codes(self, name):
-        return self.states[name].view(np.int8) if name == "exp_avg" else self.states[name]
+        return self.states[name].view(np.int8) if self.has_sign(name) else self.states[name]
 
     def decoded(self, name, part):
         """Return the numbers of a part that lies in one block."""
-        if self.kinds[name] != "8bit":
+        if name not in self.in_blocks:
             return self.states[name][part].astype(F)
         words = self.words[name][part.start // BLOCK, None]
         return eight_bit.decode(self.codes(name)[part], words.view(F))
@@ -187,13 +220,16 @@ class literal_blocks:  # noqa: N801
             param, grad = prepared_of[k] = prepared(c, self.exact[part], grads[part])
             states = {name: self.decoded(name, part) for name in self.states}
             self.new[part], new[k] = advanced(c, param, grad, states)
-        words, limited = self._new_words(block, pieces, prepared_of)
+        if self.is_foreseen:
+            words, limited = self._new_words(block, pieces, prepared_of)
+        else:
+            words, limited = self._words_of_new(block, pieces, new)
         encoded, changed = {}, {}
         for name, word in words.items():
             old = self.words[name][block]
-            mask = ABS if name == "exp_avg" else FINE
+            mask = self.mask(name)
             changed[name] = F(1) / number(old & mask) != F(1) / number(word & mask)
-            if name != "exp_avg":
+            if not self.has_sign(name):
                 changed[name] |= old & U(3) != word & U(3)
             changed[name] |= limited and old <= ABS
         for k, (part, c) in enumerate(pieces):
@@ -206,8 +242,40 @@ class literal_blocks:  # noqa: N801
         whole = slice(block * BLOCK, (block + 1) * BLOCK)
         for name, word in words.items():
             codes = self.states[name][whole]
-            has_largest = ((codes & 127) == 127 if name == "exp_avg" else codes == 255).any()
+            has_largest = ((codes & 127) == 127 if self.has_sign(name) else codes == 255).any()
             self.words[name][block] = word | (SIGN if limited and has_largest else U(0))
+
+    def _words_of_new(self, block, pieces, new):
+        """Return the new scales of a block by what its states become, and whether something is not finite."""
+        old = {name: words[block] for name, words in self.words.items()}
+        stepped = {name: np.concatenate([each[name] for each in new.values()]) for name in old}
+        kept = [part for part, c in pieces if c is None]
+        left = {name: [abs(self.decoded(name, part)) for part in kept] for name in old}
+
+        def words_of(values):
+            found = {}
+            for name, each in values.items():
+                peak = np.abs(each).max(initial=F(0))
+                word = bits(peak * (PER_PEAK if self.has_sign(name) else PER_SQUARE))
+                word = word if self.has_sign(name) else word + U(3) & ~U(3)
+                found[name] = max(word, LEAST, *[old[name] & self.mask(name)] * bool(kept))
+            return found
+
+        words = words_of(stepped)
+        are_finite = all(np.isfinite(each).all() for each in stepped.values())
+        limited = not are_finite or any(word > LARGEST for word in words.values())
+        limited |= any(word > ABS for word in old.values())
+        if limited:
+            words = words_of({name: each[np.isfinite(each)] for name, each in stepped.items()})
+            words = {name: min(word, LARGEST) for name, word in words.items()}
+        for name, word in words.items():
+            if not self.has_sign(name):
+                each = np.concatenate([np.abs(stepped[name]), *left[name]])
+                least = each[each > 0].min(initial=F(np.inf)) * (F(1) / number(word))
+                span = (U(0x40000000) - bits(least)) >> U(17)
+                coarse = sum((U(span > limit) for limit in (254, 508, 1016)), U(0))
+                words[name] = word | (U(3) if limited else coarse)
+        return words, limited
 
     def _new_words(self, block, pieces, prepared_of):
         """Return the new scales of a block, and whether something in it is not finite."""
@@ -261,12 +329,15 @@ class literal_blocks:  # noqa: N801
         one, other = (None if words is None else words[part] for words in self.random)
         if name == "param_ema" or self.kinds[name] == "float32":
             return values
-        random = other if name == "max_exp_avg_sq" else one
+        place = list(self.states).index(name)
+        random = other if place == 2 else one
         if self.kinds[name] == "bfloat16":
-            if random is not None and name != "exp_avg":
+            if random is not None and place > 0:
                 random = random >> U(16)
             return bfloat16_codes(values, random)
-        if name == "exp_avg":
+        if random is not None and (place == 0) != self.has_sign(name):  # its halves, exchanged
+            random = random >> U(16) | random << U(16)
+        if self.has_sign(name):
             return encode_first(values, word, U(1 << 19) if random is None else random, limited)
         return encode_second(values, word, U(1 << 31) if random is None else random, limited)
 
@@ -282,15 +353,24 @@ class literal_blocks:  # noqa: N801
         self.exact = np.where(stepped, self.new if self.h.master_params else stored.astype(F), self.exact)
         self.params = self.exact.astype(self.dtype)
 
+    def _without_sign_of_nan(self, name, codes):
+        """Return codes; the sign of one of NaN carries nothing."""
+        codes = codes.view(np.uint8)
+        if not self.has_sign(name):
+            return codes
+        flagged = np.repeat(self.words[name] > ABS, BLOCK)[: codes.size]
+        return np.where(flagged & (codes & 127 == 127), 127, codes).astype(np.uint8)
+
     def assert_same(self, opt, params, assert_same_bits, what=""):
         """Assert that an optimizer has the same codes, scales and parameters, bit for bit."""
         assert_same_bits(params.astype(F), self.params.astype(F), f"params {what}")
         for k, name in enumerate(self.h.state):
             found = opt.state._views[k]
-            if self.kinds[name] == "8bit":
+            if name in self.in_blocks:
                 words = opt.state._scales[k].view(U)
                 assert_same_bits(words, self.words[name], f"scales of {name} {what}")
-                assert_same_bits(found.view(np.uint8), self.states[name], f"codes of {name} {what}")
+                codes = (self._without_sign_of_nan(name, codes) for codes in (found, self.states[name]))
+                assert_same_bits(*codes, f"codes of {name} {what}")
             else:
                 found = found.view(self.states[name].dtype).astype(F)
                 assert_same_bits(found, self.states[name].astype(F), f"{name} {what}")

@@ -9,7 +9,7 @@ from family_cases import RELATIVES, make
 from storage_cases import DTYPES, encoded, literal_storage
 from tolerances import assert_same_bits
 
-from fastadam import Segment
+from fastadam import Segment, eight_bit
 
 N = 45
 
@@ -160,14 +160,131 @@ BLOCKS = [
 @pytest.mark.parametrize("name", ["nadam", "radam"])
 @pytest.mark.parametrize("more", BLOCKS, ids=["nearest", "pair", "segments"])
 def test_moments_in_8_bits_follow_the_format(rng, name, more):
-    flags, segments = more
+    assert_follows_the_format(rng, name, *more)
+
+
+def assert_follows_the_format(rng, name, flags, segments=()):
     params = rng.standard_normal(300).astype(np.float32)
-    opt = make(name, lr=0.01, segments=segments, **flags)
+    opt = make(name, **{"lr": 0.01, **flags}, segments=segments)
     expected = literal_blocks(params, segments, opt._hyperparameters)
     for step in range(25):
-        grads = (rng.standard_normal(300) * np.exp2(rng.integers(-3, 4, 300))).astype(np.float32)
-        grads[::7] = 0
+        grads = gradients(rng, 300)
         opt.step(params, grads)
         expected.step(grads)
         expected.assert_same(opt, params, assert_same_bits, step)
     assert np.isfinite(params).all()
+
+
+def gradients(rng, size):
+    grads = (rng.standard_normal(size) * np.exp2(rng.integers(-3, 4, size))).astype(np.float32)
+    grads[::7] = 0
+    return grads
+
+
+IN_BLOCKS = [name for name in RELATIVES if name not in {"nadam", "radam", "sgd", "nesterov"}]
+"""Rules of which no bound is known before a block was computed; Nesterov's momentum is that of the other."""
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_states_in_8_bits_follow_the_format(rng, name):
+    segments = (Segment(5, 40, lr=0.03), Segment(120, 140, frozen=True), Segment(150, 160, weight_decay=0.3))
+    assert_follows_the_format(rng, name, {"state_dtype": "8bit", "seed": 9, "weight_decay": 0.1}, segments)
+
+
+PAIRS = [
+    ("rmsprop-centered-momentum", {"state_dtype": ("8bit", "float32"), "rounding": "nearest"}),
+    ("rmsprop-centered-momentum", {"state_dtype": ("bfloat16", "8bit"), "ema_decay": 0.9}),
+    ("adamax", {"state_dtype": ("float32", "8bit"), "maximize": True, "max_grad_value": 0.5}),
+    ("nesterov", {"state_dtype": ("8bit", "float32"), "rounding": "nearest"}),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), PAIRS, ids=["signed", "unsigned", "adamax", "nesterov"])
+def test_a_pair_is_of_states_with_a_sign_and_of_those_without(rng, name, flags):
+    assert_follows_the_format(rng, name, flags)
+
+
+@pytest.mark.parametrize("name", ["rmsprop-centered-momentum", "adagrad", "lion"])
+def test_what_is_not_finite_stays_in_its_element(rng, name):
+    """Whole blocks, one of which gets inf, NaN and what overflows; and a shorter one."""
+    params = rng.standard_normal(300).astype(np.float32)
+    opt = make(name, lr=0.01, state_dtype="8bit", seed=2)
+    expected = literal_blocks(params, (), opt._hyperparameters)
+    for step in range(6):
+        grads = gradients(rng, 300)
+        if step in {1, 3}:
+            grads[[7, 130, 299]] = np.inf, np.nan, 3e38
+        opt.step(params, grads)
+        expected.step(grads)
+        expected.assert_same(opt, params, assert_same_bits, step)
+    bad = ~np.isfinite(params)
+    assert set(np.flatnonzero(bad)) <= {7, 130, 299}
+    assert bad[130]
+
+
+def test_a_rule_without_states_has_nothing_in_8_bits(rng):
+    params = rng.standard_normal(300).astype(np.float32)
+    opt, plain, same = make("sgd", state_dtype="8bit"), make("sgd"), params.copy()
+    for _ in range(3):
+        grads = gradients(rng, 300)
+        opt.step(params, grads)
+        plain.step(same, grads)
+    assert_same_bits(params, same)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "rmsprop-centered-momentum"])
+def test_shards_in_8_bits_have_the_bits_of_the_whole(rng, name):
+    params = rng.standard_normal(3 * 128 + 40).astype(np.float32)
+    several = [gradients(rng, params.size) for _ in range(4)]
+
+    def steps(start, stop):
+        part = params[start:stop].copy()
+        opt = make(name, state_dtype="8bit", seed=5, offset=start)
+        for grads in several:
+            opt.step(part, grads[start:stop])
+        return {"params": part, **opt.state.moments}
+
+    whole, parts = steps(0, params.size), [steps(0, 256), steps(256, params.size)]
+    for key, value in whole.items():
+        assert_same_bits(np.concatenate([part[key] for part in parts]), value, key)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "rmsprop-centered-momentum", "adadelta", "momentum"])
+def test_states_in_8_bits_come_back(rng, tmp_path, name):
+    """By a state dict, and by a checkpoint: the codes of states with a sign, and of others."""
+    params = rng.standard_normal(300).astype(np.float32)
+    opt = make(name, state_dtype="8bit", seed=4)
+    for _ in range(3):
+        opt.step(params, gradients(rng, 300))
+    opt.save(tmp_path / "run.safetensors")
+    others = [make(name, state_dtype="8bit", seed=4), type(opt).load(tmp_path / "run.safetensors")]
+    others[0].load_state_dict(opt.state_dict())
+    exact = make(name)
+    exact.load_state_dict(opt.state_dict())
+    for key, value in opt.state.moments.items():
+        assert_same_bits(exact.state.moments[key], value, key)
+    grads = gradients(rng, 300)
+    mine = params.copy()
+    opt.step(mine, grads)
+    for other in others:
+        theirs = params.copy()
+        other.step(theirs, grads)
+        assert_same_bits(theirs, mine)
+        for key, value in opt.state.moments.items():
+            assert_same_bits(other.state.moments[key], value, key)
+
+
+def test_an_accumulator_starts_in_8_bits(rng):
+    params = rng.standard_normal(300).astype(np.float32)
+    opt = make("adagrad", state_dtype="8bit", initial_accumulator_value=0.5)
+    expected = literal_blocks(params, (), opt._hyperparameters)
+    assert (eight_bit.decode(*started(expected)) > 0.49).all()
+    for step in range(3):
+        grads = gradients(rng, 300)
+        opt.step(params, grads)
+        expected.step(grads)
+        expected.assert_same(opt, params, assert_same_bits, step)
+
+
+def started(expected):
+    return expected.codes("sum"), expected.words["sum"].view(np.float32)
