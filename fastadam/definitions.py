@@ -28,6 +28,14 @@ _KNOWN_STATES = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 class OwnHyperparameters(Hyperparameters):
     """Those of a rule that is none of fastadam."""
 
+    def require_possible(self) -> None:
+        """Raise ValueError if a format of states depends on what nobody has said."""
+        if self.rule.nonnegative is None and self.state_dtype not in {"float32", "bfloat16"}:
+            raise ValueError(
+                f"state_dtype must be 'float32' or 'bfloat16' for this rule; got {self.state_dtype!r}."
+                " Say which states are never negative: fastadam.own_rule.define(..., nonnegative=[...])."
+            )
+
 
 def require_name(name: object) -> None:
     """Raise TypeError or ValueError unless a class and its checkpoints can have a name."""
@@ -155,6 +163,19 @@ def _itself(name: str) -> Callable[..., float]:
         [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)]
     )
     return itself
+
+
+def nonnegative_of(given: object, states: tuple[str, ...]) -> frozenset[str] | None:
+    """Return the states that are never negative; None if nobody knows."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"nonnegative must be a sequence of names; got {given!r}.")
+    names = tuple(given)
+    for name in names:
+        if name not in states:
+            raise ValueError(f"nonnegative must be of states, {list(states)}; got {name!r}.")
+    return frozenset(names)
 
 
 def start_of(start: Mapping[str, str], states: tuple[str, ...], numbers: list[str]) -> dict[str, str]:

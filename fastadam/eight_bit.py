@@ -1,19 +1,20 @@
-r"""Moments in 8 bits: the format to the bit, and the same in NumPy.
+r"""States in 8 bits: the format to the bit, and the same in NumPy.
 
-A moment is cut into blocks of 128 elements from its beginning; the last may be shorter. Of each element there
-is a code of one byte, of each block a scale in float32: 2.0625 bytes per parameter for both moments.
+A state is cut into blocks of 128 elements from its beginning; the last may be shorter. Of each element there
+is a code of one byte, of each block a scale in float32: 1.03125 bytes per parameter and state.
 
-First moments. A code is a sign (bit 7) and seven bits of magnitude, which are bits 20 to 26 of a float32
-between :math:`2^{-15}` and 1.875: four of the exponent and three of the mantissa. With ``scale`` without its
-sign,
+First moments, and other states with a sign. A code is a sign (bit 7) and seven bits of magnitude, which are
+bits 20 to 26 of a float32 between :math:`2^{-15}` and 1.875: four of the exponent and three of the mantissa.
+With ``scale`` without its sign,
 
     exp_avg = +-(float(0x38000000 | magnitude << 20) - 2**-15) * scale
 
 so that code 0 is zero, the smallest magnitudes are evenly :math:`2^{-18}` scale apart, and larger ones 1/16
 to 1/8 of themselves.
 
-Second moments. A code is the upper part of a float32 below 2, shifted: the two lowest bits of the scale say
-how coarse it is. With ``bits`` those of the scale and ``scale`` without these two and without its sign,
+Second moments, and other states that are never negative. A code is the upper part of a float32 below 2,
+shifted: the two lowest bits of the scale say how coarse it is. With ``bits`` those of the scale and ``scale``
+without these two and without its sign,
 
     shift = 17 + (bits & 3)
     exp_avg_sq = 0 if code == 0 else float(0x40000000 - (256 << shift) + (code << shift)) * scale
@@ -27,8 +28,9 @@ NaN, the largest code of a second moment (255) is inf, and finite elements reach
 Scales are at least :math:`2^{-126}` and at most 0x7f088888, the largest of which all codes are finite. That
 of a block that was never stepped is 0, and all of it is zero.
 
-A step first forms the new scales, from the largest magnitude ``G`` of the gradients of the block as the rule
-gets them, in float32 and in this order, with ``up = 1 + 2**-20``, ``top = 1.875``, ``less = top - 2**-15``:
+A step of Adam, AMSGrad, NAdam or RAdam first forms the new scales, from the largest magnitude ``G`` of the
+gradients of the block as the rule gets them, in float32 and in this order, with ``up = 1 + 2**-20``,
+``top = 1.875``, ``less = top - 2**-15``:
 
     first:   max((beta1 * scale) * up + ((1 - beta1) * G) * (up / less), 2**-126)
     second:  (beta2 * scale) * up + ((1 - beta2) * (G * G)) * (up / top),
@@ -43,6 +45,15 @@ the new scale,
     span = (0x40000000 - bits(least)) >> 17
     coarseness = (span > 254) + (span > 508) + (span > 1016), 3 if the old scale is 0
 
+A step of any other rule first computes the new states of all elements of the block, and forms the scales of
+these: with ``peak`` the largest magnitude of a state and ``least`` the smallest but zero,
+
+    with a sign:     peak * (up / less)
+    never negative:  peak * (up / top), its bits + 3 without the two lowest
+    span = (0x40000000 - bits(least * (1 / scale))) >> 17
+
+both scales at least 2**-126, and coarseness as above. Then it computes them again and stores them.
+
 The step computes with the decoded moments; the parameter follows the new ones before they are rounded. A
 number ``x`` becomes, with 32 random bits ``r`` (docs/storage.md), and inverses that are rounded to float32,
 
@@ -52,15 +63,15 @@ number ``x`` becomes, with 32 random bits ``r`` (docs/storage.md), and inverses 
 
 To the nearest, ``r`` is ``1 << 19`` and ``1 << 31``.
 
-If ``G * G`` is not finite, or a new scale would be larger than the largest, or the old one is flagged,
-``G`` is formed of the gradients with a finite square alone, the scales are at most the largest, the
-coarseness is 3, and numbers from 1.75 scale on (with the 2**-15 of a first moment) become the code below
-the largest.
+If ``G * G`` or a new state is not finite, or a new scale would be larger than the largest, or the old one is
+flagged, ``G`` is formed of the gradients with a finite square alone, ``peak`` of the finite states, the
+scales are at most the largest, the coarseness is 3, and numbers from 1.75 scale on (with the 2**-15 of a
+first moment) become the code below the largest.
 
 A block of which parts have different coefficients has the largest of the scales that these give, and the
-least of their beta2. A frozen part counts with the old scales. It is written again, rounded like all else,
-where the inverse of a scale or the coarseness changes, and where the largest code becomes one of what is
-not finite.
+least of their beta2. A frozen part counts with the old scales, and its elements for ``least``. It is written
+again, rounded like all else, where the inverse of a scale or the coarseness changes, and where the largest
+code becomes one of what is not finite.
 
 With a beta above :math:`1 - 2^{-20}` bounds would grow, slowly: ``up`` is more than what decays.
 """

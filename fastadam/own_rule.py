@@ -47,6 +47,7 @@ from fastadam.definitions import (
     OwnHyperparameters,
     columns_of,
     hyperparameters_of,
+    nonnegative_of,
     numbers_of,
     require_coefficients,
     require_name,
@@ -100,6 +101,7 @@ def define(
     formulas: Mapping[str, Formula] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     start: Mapping[str, str] | None = None,
+    nonnegative: Iterable[str] | None = None,
 ) -> type[OwnOptimizer]:
     """Return the class of an optimizer with a rule of your own.
 
@@ -129,6 +131,10 @@ def define(
         ``low <= value < high`` for hyperparameters of your own.
     start : mapping of str to str, optional
         States that do not begin with 0, and the hyperparameter with which they begin.
+    nonnegative : iterable of str, optional
+        States that are never negative, as averages of squares: those that ``state_dtype="8bit"`` never rounds
+        to 0, and that the second format of a pair is for. Without it both are refused. A number that is
+        negative all the same is stored as the smallest that is not.
 
     Returns
     -------
@@ -162,7 +168,7 @@ def define(
 
     module = sys._getframe(1).f_globals.get("__name__", "__main__")
     made = _own(coefficients, rule, names)
-    described = Rule(made, names, columns, checked, began)
+    described = Rule(made, names, columns, checked, began, nonnegative_of(nonnegative, names))
     own = tuple(defaults)
     namespace = {
         "__module__": module,

@@ -50,6 +50,7 @@ FusedYogi = own_rule.define(
     },
     ranges={"initial": (0.0, math.inf)},
     start={"variance": "initial"},
+    nonnegative=["variance"],
 )
 
 

@@ -307,10 +307,9 @@ BAD_HERE = [
     ("Adagrad", {"eps": float("nan")}, ValueError, "eps must be finite; got nan."),
     (
         "Lion",
-        {"state_dtype": "8bit"},
+        {"state_dtype": "4bit"},
         ValueError,
-        "state_dtype must be 'float32' or 'bfloat16' for this optimizer; got '8bit'. Only moments like Adam's"
-        " are kept in 8 bits, or each in a format.",
+        "state_dtype must be 'float32', 'bfloat16', '8bit' or a pair of them; got '4bit'.",
     ),
 ]
 

@@ -13,8 +13,10 @@ import numba
 import numpy as np
 import own_rules
 import pytest
+from eight_bit_steps import literal_blocks
 from oracles import interpret_steps
 from own_rules import FusedTiger, FusedYogi, yogi_in_numpy
+from tolerances import assert_same_bits
 
 import fastadam
 from fastadam import Segment, own_rule
@@ -174,6 +176,21 @@ def test_bf16_states(rng):
     assert found[1].dtype.name == "bfloat16"
     for one, other in zip(found, yogi_in_numpy(params, gradients), strict=True):
         assert np.allclose(one.astype(np.float32), other, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_states_in_8_bits(rng, rounding):
+    """What is said to be never negative never becomes 0; all else follows the format."""
+    params, gradients = numbers(rng, 300, 6)
+    segments = (Segment(30, 60, frozen=True), Segment(60, 90, lr=0.1))
+    opt = FusedYogi(state_dtype="8bit", rounding=rounding, segments=segments)
+    expected = literal_blocks(params, segments, opt._hyperparameters)
+    for k, grads in enumerate(gradients):
+        opt.step(params, grads)
+        expected.step(grads)
+        expected.assert_same(opt, params, assert_same_bits, k)
+    assert (opt.state.variance > 0).all()
+    assert (opt.state.exp_avg < 0).any()
 
 
 def test_stochastic_rounding_knows_no_splits(rng):

@@ -99,6 +99,8 @@ WRONG = [
         ValueError,
         "start['average'] must be a hyperparameter, of ['beta']; got 'lr'.",
     ),
+    ({"nonnegative": "average"}, TypeError, "nonnegative must be a sequence of names; got 'average'."),
+    ({"nonnegative": ["other"]}, ValueError, "nonnegative must be of states, ['average']; got 'other'."),
     (
         {"formulas": {"gamma": 1.0}},
         ValueError,
@@ -161,7 +163,15 @@ def test_wrong_calls():
         (lambda: make(alpha=1), "got an unexpected keyword argument 'alpha'"),
         (lambda: make(0.1, 0.9, 0.0), "too many positional arguments"),
         (lambda: make(beta="x"), "beta must be a real number; got str."),
-        (lambda: make(state_dtype="8bit"), "state_dtype must be 'float32' or 'bfloat16' for this optimizer"),
+        (
+            lambda: make(state_dtype="8bit"),
+            "state_dtype must be 'float32' or 'bfloat16' for this rule; got '8bit'."
+            " Say which states are never negative: fastadam.own_rule.define(..., nonnegative=[...]).",
+        ),
+        (
+            lambda: make(state_dtype=("float32", "bfloat16")),
+            "state_dtype must be 'float32' or 'bfloat16' for this rule; got ('float32', 'bfloat16').",
+        ),
     ):
         with pytest.raises((TypeError, ValueError)) as caught:
             call()
