@@ -288,3 +288,26 @@ def test_an_accumulator_starts_in_8_bits(rng):
 
 def started(expected):
     return expected.codes("sum"), expected.words["sum"].view(np.float32)
+
+
+@pytest.mark.parametrize("name", ["rmsprop-centered-momentum", "lion"])
+def test_telemetry_of_8_bits_changes_nothing(rng, name):
+    """An element has no update where its first state is zero, which codes say without their scale."""
+    params = rng.standard_normal(300).astype(np.float32)
+    segments = (Segment(5, 40, lr=0.03), Segment(120, 140, frozen=True))
+    opt, seen = (make(name, state_dtype="8bit", segments=segments, telemetry=on) for on in (False, True))
+    mine, theirs = params.copy(), params.copy()
+    for _ in range(5):
+        grads = gradients(rng, 300)
+        opt.step(mine, grads)
+        seen.step(theirs, grads)
+        assert_same_bits(theirs, mine)
+        for key, value in opt.state.moments.items():
+            assert_same_bits(seen.state.moments[key], value, key)
+    # Every seventh element never had a gradient: no update, and none that was too small to count.
+    assert seen.last_step.vanished == 0
+    large = np.full(300, 2.0**30, np.float32)
+    moving = np.arange(300) % 7 > 0
+    moving[120:140] = False
+    seen.step(large, gradients(rng, 300))
+    assert seen.last_step.vanished == moving.sum()
