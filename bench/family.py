@@ -51,9 +51,11 @@ def main(
                 of_size = measure(
                     found, [*found.peers], elements, "float32", starts=starts, rounds=rounds, blocks=blocks
                 )
+            for row in of_size:
+                moved = relative.bytes_per_element(row["peer"])
+                row |= {"bytes_per_element": moved, "gb_per_second": moved * elements / row["seconds"] * 1e-9}
             add_rows(table, of_size)
-            bytes_per_element = relative.bytes_moved(1, "float32")
-            rows += [{"rule": name, "bytes_per_element": bytes_per_element, **row} for row in of_size]
+            rows += [{"rule": name, **row} for row in of_size]
         console.print(table)
 
     result: Result = {

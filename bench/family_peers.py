@@ -1,7 +1,7 @@
 """The contenders of each rule of the family: ours, PyTorch's best, and a kernel with the traffic of the rule.
 
 A contender is timed when its updates are those of the rule in float64: PyTorch's loop over tensors, or, for
-Lion, NumPy after the paper.
+Lion, NumPy after the paper. Ours takes part with states in 16 and 8 bits, too, within what these can hold.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import fastadam
 from bench.contest import Contest
 from bench.oracle import GRAD_FACTORS, Array, Contender, WrongUpdateError
 from bench.peers import Peer
+from bench.storages import BYTES
 from fastadam.kernels import threads
 from fastadam.kernels.cpu import PARALLEL_FROM
 from fastadam.state import State
@@ -31,6 +32,12 @@ _STEPS = 9
 TRAFFIC, TORCH = 1.05, 1.0
 """At most this much of the time of the kernel, and of PyTorch's, is ours at 32 Mi elements."""
 LARGE = 2**25
+
+STORED = {"bfloat16": "states in bfloat16", "8bit": "states in 8 bits"}
+"""Contenders, by ``state_dtype``, beside ours in float32."""
+_OFF, _OFF_AT_ALL, _OF_SIGNS = 0.05, 0.005, 0.05
+"""How far the way of one of them may be from that of the rule: of elements on average, and all in all, where
+Lion's are shorter, for the signs of noisy numbers sometimes turn."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Relative:
     def bytes_moved(self, size: int, dtype: Any) -> int:
         """Return what a step must read and write: all is read, and all but the gradient written."""
         return size * (3 + 2 * len(self.states)) * int(np.dtype(dtype).itemsize)
+
+    def bytes_per_element(self, peer: str) -> float:
+        """Return what a contender reads and writes for an element, of float32 but for its states."""
+        return 12 + 2 * len(self.states) * BYTES[peer if peer in STORED else "float32"]
 
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -101,9 +112,12 @@ def _writer(grads: Array) -> Callable[[Array], None]:
     return write
 
 
-def start_fastadam(relative: Relative, params: Array, grads: Array) -> Contender:
+def start_fastadam(
+    relative: Relative, params: Array, grads: Array, state_dtype: str = "float32"
+) -> Contender:
     """``step`` of our class."""
-    optimizer = getattr(fastadam, f"Fused{relative.kind}")(**relative.flags)
+    kind = getattr(fastadam, f"Fused{relative.kind}")
+    optimizer = kind(**relative.flags, state_dtype=state_dtype)
     return Contender(partial(optimizer.step, params, grads), lambda: params, _writer(grads))
 
 
@@ -200,7 +214,9 @@ def check(relative: Relative, name: str, contender: Contender, params: Array, gr
     """Take some steps and compare them with :func:`exact`, at up to 16 Ki elements from end to end.
 
     The same errors as of Adam are allowed, which :func:`bench.oracle.tolerance` derives: below 1600 half ulps
-    of the largest update of any step, and one of the largest parameter, in each step.
+    of the largest update of any step, and one of the largest parameter, in each step. With states in less
+    than 32 bits, elements may be off by some share of their way, and the sum of all ways by a smaller one: a
+    wrong equation does not hide in noise without a mean.
 
     Raises
     ------
@@ -216,6 +232,8 @@ def check(relative: Relative, name: str, contender: Contender, params: Array, gr
     found = contender.read_params()[places].astype(np.float64)
     contender.write_grads(grads)
     way = np.array([before, *exact(relative, before, [grads[places] * f for f in factors])])
+    if name in STORED:
+        return _check_stored(relative, name, found - way[0], way[-1] - way[0])
     u = float(np.finfo(params.dtype).eps) / 2
     largest = float(np.abs(np.diff(way, axis=0)).max())
     tolerance = _STEPS * (1600 * u * largest + 2 * u * float(np.abs(way).max()))
@@ -226,6 +244,19 @@ def check(relative: Relative, name: str, contender: Contender, params: Array, gr
             f"{name} must take the steps of {relative.kind} to {tolerance:.2g}; element {places[i]} is at"
             f" {found[i]:.9g} instead of {way[-1][i]:.9g}."
         )
+    return None
+
+
+def _check_stored(relative: Relative, name: str, found: Array, wanted: Array) -> None:
+    """Compare the ways of elements."""
+    off = float(np.abs(found - wanted).sum() / np.abs(wanted).sum())
+    at_all = float(found @ wanted / (wanted @ wanted)) - 1
+    most = _OF_SIGNS if relative.kind == "Lion" else _OFF_AT_ALL
+    if not (off <= _OFF and abs(at_all) <= most):
+        raise WrongUpdateError(
+            f"{name} must take the steps of {relative.kind} to {_OFF:.1%}, and to {most:.1%} all in all; they"
+            f" are off by {off:.1%}, and by {at_all:.1%}."
+        )
 
 
 def contest(relative: Relative) -> Contest:
@@ -234,6 +265,10 @@ def contest(relative: Relative) -> Contest:
         "fastadam": Peer("fastadam", partial(start_fastadam, relative), ()),
         "traffic": Peer("same traffic", partial(start_traffic, relative), (), is_adam=False),
     }
+    if relative.states:
+        for kind, label in STORED.items():
+            packages = ("ml_dtypes",) if kind == "bfloat16" else ()
+            peers[kind] = Peer(label, partial(start_fastadam, relative, state_dtype=kind), packages)
     promises = {("traffic", LARGE): TRAFFIC}
     if relative.in_torch:
         ways: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "for-loop": {"foreach": False}}

@@ -67,6 +67,24 @@ def test_wrong_steps_are_refused(name: str) -> None:
         family_peers.check(FAMILY[name], "it", wrong, params, grads)
 
 
+@pytest.mark.parametrize("name", [name for name, one in FAMILY.items() if one.states])
+def test_wrong_steps_of_stored_states_are_refused(name: str) -> None:
+    """Steps that are 1 % too long, of Lion's signs 10 %: no element shows it."""
+    pytest.importorskip("torch")
+    started, params, grads = contender(name, "8bit")
+    more = np.float32(0.1 if name == "Lion" else 0.01)
+
+    def step() -> None:
+        before = started.read_params().copy()
+        started.step()
+        after = started.read_params()
+        after += more * (after - before)
+
+    message = r"^8bit must take the steps of \w+ to 5.0%, and to .*% all in all; they are off by .*%\.$"
+    with pytest.raises(WrongUpdateError, match=message):
+        family_peers.check(FAMILY[name], "8bit", started._replace(step=step), params, grads)
+
+
 def test_traffic_is_that_of_the_rule() -> None:
     moved = {name: one.bytes_moved(10, "float32") for name, one in FAMILY.items()}
     assert (moved["SGD"], moved["Lion"], moved["Adam"], moved["AMSGrad"]) == (120, 200, 280, 360)
@@ -98,6 +116,7 @@ def test_family_writes_results(tmp_path: Path) -> None:
         assert rows.keys() == family_peers.contest(one).peers.keys()
         for row in rows.values():
             moved = row["bytes_per_element"] * row["size"]
+            assert row["bytes_per_element"] <= one.bytes_moved(1, "float32")
             assert row["gb_per_second"] * row["seconds"] == pytest.approx(1e-9 * moved)
             assert row["target"] is None
     assert report.render([result]).count("\n| ") == 1 + len(FAMILY)
@@ -118,7 +137,7 @@ def test_promises_are_at_the_size_of_the_comparison() -> None:
     for one in FAMILY.values():
         found = family_peers.contest(one)
         assert {size for _, size in found.promises} == {2**25}
-        assert {peer for peer, _ in found.promises} == found.peers.keys() - {"fastadam"}
+        assert {peer for peer, _ in found.promises} == found.peers.keys() - {"fastadam", "bfloat16", "8bit"}
         assert found.target("traffic", 2**25, "float32") == 1.05
     assert family.SIZES == ("32Mi",)
 
@@ -134,6 +153,7 @@ def test_report_shows_the_best_of_torch(monkeypatch: pytest.MonkeyPatch) -> None
     rows = [
         row("Lion", "fastadam", "fastadam", 1, None),
         row("Lion", "traffic", "same traffic", 1.02, 1.05),
+        row("Lion", "8bit", "states in 8 bits", 1.25, None),
         row("SGD", "fastadam", "fastadam", 1, None),
         row("SGD", "traffic", "same traffic", 1.1, 1.05),
         row("SGD", "torch foreach", "torch, foreach", 0.5, 1.0),
@@ -141,11 +161,12 @@ def test_report_shows_the_best_of_torch(monkeypatch: pytest.MonkeyPatch) -> None
     ]
     result = {"kind": "family", "dtype": "float32", "skipped": {"RAdam": "no torch"}, "rows": rows}
     assert report.render([result]) == (
-        "| step of 32Mi float32 | bytes | time | over same traffic | torch | over torch's best |\n"
-        "| --- | --: | --: | --: | --: | --: |\n"
-        "| Lion | 20 | 20.0 ms | 1.020 (1.020 to 1.020) | has none |  |\n"
+        "| step of 32Mi float32 | bytes | time | over same traffic | torch | over torch's best |"
+        " states in bfloat16 | in 8 bits |\n"
+        "| --- | --: | --: | --: | --: | --: | --: | --: |\n"
+        "| Lion | 20 | 20.0 ms | 1.020 (1.020 to 1.020) | has none |  |  | 1.25x |\n"
         "| SGD | 20 | 20.0 ms | 1.100 (1.100 to 1.100) **above 1.05** | 40.0 ms, foreach |"
-        " 0.500 (0.500 to 0.500) |\n"
+        " 0.500 (0.500 to 0.500) |  |  |\n"
         "\n"
         "Not measured: RAdam (no torch).\n"
         "\n"
