@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastadam import loading, streams
+from fastadam import streams
 from fastadam.coefficients import Coefficients
 from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import rules
@@ -17,6 +17,7 @@ from fastadam.kernels.cuda_clock import REPORTS, Clock
 from fastadam.kernels.cuda_units import DeviceUnits
 from fastadam.kernels.device_storage import StoredTypes
 from fastadam.last_step import Done
+from fastadam.precision import IN_BLOCKS
 from fastadam.rows import Rows
 from fastadam.rule import Constant, Sequence, unsettled
 from fastadam.segments import Segments
@@ -165,7 +166,7 @@ def _make(
             covered,
             rows.tables(),
             observed=h.telemetry,
-            in_blocks=not loading.IN_BLOCKS.isdisjoint(h.formats()),
+            in_blocks=not IN_BLOCKS.isdisjoint(h.formats()),
         )
     return Clock(
         kernels,

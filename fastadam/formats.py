@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastadam import eight_bit
+from fastadam.precision import SIGNED_8BIT, UNSIGNED_8BIT
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,10 +27,11 @@ _NAMES: dict[np.dtype[Any], str] = {
     eight_bit.SIGNED: "8bit",
     eight_bit.UNSIGNED: "8bit",
 }
-SIGNED_8BIT, UNSIGNED_8BIT = "8bit with a sign", "8bit without"
-"""What users call "8bit", of states that may be negative and of others."""
-
-_DTYPES = {"bfloat16": BFLOAT16, SIGNED_8BIT: eight_bit.SIGNED, UNSIGNED_8BIT: eight_bit.UNSIGNED}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": BFLOAT16,
+    SIGNED_8BIT: eight_bit.SIGNED,
+    UNSIGNED_8BIT: eight_bit.UNSIGNED,
+}
 _KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _ML_DTYPES = 'pip install "fastadam[bfloat16]"'
 

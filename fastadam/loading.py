@@ -9,13 +9,12 @@ import numpy as np
 
 from fastadam import buffers, eight_bit, formats
 from fastadam.buffers import Array, Buffer
+from fastadam.precision import IN_BLOCKS
 
 _REMAINDER = "param_remainder"
 
 SCALES = "_scales"
 """Behind the name of a state in 8 bits: the key of its scales."""
-IN_BLOCKS = frozenset({formats.SIGNED_8BIT, formats.UNSIGNED_8BIT})
-"""The formats of states that have scales."""
 
 
 def array(value: object, label: str, kind: str) -> Buffer:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from fastadam.checks import count
-from fastadam.formats import SIGNED_8BIT, UNSIGNED_8BIT
 
 StateDtype = str | tuple[str, str]
 """A format of all states, or one of those with a sign and one of those that are never negative."""
+
+SIGNED_8BIT, UNSIGNED_8BIT = "8bit with a sign", "8bit without"
+"""What users call "8bit", of states that may be negative and of others."""
+IN_BLOCKS = frozenset({SIGNED_8BIT, UNSIGNED_8BIT})
+"""The formats of states that have scales."""
 
 _STATE = ("float32", "bfloat16", "8bit")
 

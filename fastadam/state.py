@@ -15,6 +15,7 @@ from fastadam.checks import count
 from fastadam.kernels.cuda import Cuda, DeviceBuffer
 from fastadam.kernels.cuda_clock import Clock
 from fastadam.kernels.grids import PACK
+from fastadam.precision import IN_BLOCKS
 
 _CACHE_LINE = 64
 _STAGGER = 64 * 1024 + _CACHE_LINE
@@ -273,7 +274,7 @@ class State:
         masters = tuple(name for name in _MASTER_DTYPES if name in entries)
         said, wanted = (kinds or ("float32",) * len(names) for kinds in (said, wanted))
         scales = tuple(
-            name + loading.SCALES for name, kind in zip(names, said, strict=True) if kind in loading.IN_BLOCKS
+            name + loading.SCALES for name, kind in zip(names, said, strict=True) if kind in IN_BLOCKS
         )
         unknown = [key for key in entries if key not in {"step", *names, *masters, *scales}]
         if unknown:
@@ -300,7 +301,7 @@ class State:
         state = cls(names, moments[0].size, math, step, dtypes)
         for k, (name, kind, moment) in enumerate(zip(names, said, moments, strict=True)):
             codes, given_scales = moment, None
-            if kind in loading.IN_BLOCKS:
+            if kind in IN_BLOCKS:
                 dtype = loading.dtype_of(kind, math)
                 given_scales = loading.scales(entries, name, moment, dtype)
                 codes = cast("buffers.Array", moment).view(dtype)
@@ -312,7 +313,7 @@ class State:
     def to_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return ``step`` and the moments in CPU memory, as copies or views; waits for the device."""
         copies = list(map(self._copy if copy else _itself, self._views))
-        as_codes = {"bfloat16": np.uint16, **dict.fromkeys(loading.IN_BLOCKS, np.uint8)}
+        as_codes = {"bfloat16": np.uint16, **dict.fromkeys(IN_BLOCKS, np.uint8)}
         copies = [
             copy.view(as_codes.get(self._kind_of(name), copy.dtype))
             for name, copy in zip(self._names, copies, strict=True)
@@ -365,7 +366,7 @@ class State:
             return None
         k = self._names.index(name)
         view, kind = self._views[k], self._kind_of(name)
-        if kind in loading.IN_BLOCKS:
+        if kind in IN_BLOCKS:
             codes, scales = (
                 (view, self._scales[k])
                 if self._kernels is None

@@ -189,7 +189,7 @@ def with_stepped(
 def _compiled_with_stepped(
     c: Any, memory: Any, scales: Any, block: int, checks: Any, size: int, finite_only: bool, limits: Any
 ) -> Callable[..., Any]:
-    return _foresee if _is_foreseen(c[3]) else _compute
+    return _foresee if _is_foreseen(c[3]) else _compute  # type: ignore[no-any-return]
 
 
 def with_frozen(memory: Any, scales: Any, block: int, checks: Any, size: int, limits: Any) -> Any:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from segment_steps import slices
 
-from fastadam import eight_bit, formats
+from fastadam import eight_bit, precision
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
 from fastadam.kernels import bounds, relatives, rules
@@ -22,7 +22,6 @@ PER_PEAK, PER_SQUARE = F((1 + 2.0**-20) / (1.875 - 2.0**-15)), F((1 + 2.0**-20) 
 ABS, FINE, SIGN = U(0x7FFFFFFF), U(0x7FFFFFFC), U(0x80000000)
 LEAST, LARGEST = U(0x00800000), U(0x7F088888)
 DTYPES = {"float32": F, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-SIGNS = (formats.SIGNED_8BIT, formats.UNSIGNED_8BIT)
 
 
 def bits(number):
@@ -149,13 +148,13 @@ class literal_blocks:  # noqa: N801
     def __init__(self, params, segments=(), h=None, **options):
         self.h = h = h or AdamHyperparameters(**options)
         self.kinds = dict(zip(h.state, h.formats(), strict=True))
-        self.in_blocks = [name for name, kind in self.kinds.items() if kind in SIGNS]
+        self.in_blocks = [name for name, kind in self.kinds.items() if kind in precision.IN_BLOCKS]
         self.is_foreseen = h.rule.coefficients in bounds.FORESEEN
         self.parts = slices(segments, params.size)
         self.dtype, self.size, self.step_number = params.dtype, params.size, 0
         self.exact = params.astype(F)
         self.states = {
-            name: np.zeros(params.size, np.uint8 if kind in SIGNS else DTYPES[kind])
+            name: np.zeros(params.size, np.uint8 if kind in precision.IN_BLOCKS else DTYPES[kind])
             for name, kind in self.kinds.items()
         }
         if h.ema_decay is not None:
@@ -175,7 +174,7 @@ class literal_blocks:  # noqa: N801
         self.states[name], self.words[name] = codes.view(np.uint8), scales.view(U)
 
     def has_sign(self, name):
-        return self.kinds[name] == formats.SIGNED_8BIT
+        return self.kinds[name] == precision.SIGNED_8BIT
 
     def mask(self, name):
         """Return the bits of a scale that are its own."""

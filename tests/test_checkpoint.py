@@ -10,7 +10,7 @@ import pytest
 from phase_cases import pairwise
 from tolerances import assert_same_bits
 
-from fastadam import DynamicLossScale, FusedAdam, Segment, checkpoint, eight_bit, formats, schedules
+from fastadam import DynamicLossScale, FusedAdam, Segment, checkpoint, eight_bit, schedules
 
 N = 300
 SCHEDULE = schedules.linear_warmup(schedules.cosine(0.01, steps=9), steps=3)
@@ -73,7 +73,8 @@ def filled(opt, case, rng):
     for name, kind in kinds.items():
         values = rng.random(N).astype(math)
         if kind == "8bit":
-            codes, entries[f"{name}_scales"] = eight_bit.encode(values, formats.stored_as(name, kind, math))
+            dtype = eight_bit.SIGNED if name == "exp_avg" else eight_bit.UNSIGNED
+            codes, entries[f"{name}_scales"] = eight_bit.encode(values, dtype)
             values = codes.view(np.uint8)
         entries[name] = values.astype(ml_dtypes.bfloat16).view(np.uint16) if kind == "bfloat16" else values
     if case["master_params"] == "float32":
