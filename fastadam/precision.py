@@ -1,4 +1,4 @@
-"""The checks of what says how numbers are stored."""
+"""How numbers are stored: what users may say, and what it means for each state."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ import pytest
 
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
-from fastadam.kernels import compiling, rules, stored
+from fastadam.kernels import compiling, stored
 from fastadam.kernels.rounding import Storage
 from fastadam.kernels.units import columns_of
+from fastadam.rmsprop import RMSpropHyperparameters
 from fastadam.rounding import rounding
 
 pytestmark = pytest.mark.skipif(
@@ -34,6 +35,8 @@ CASES = {
     "8bit": (F32, F32, [FIRST, SECOND], None, None, {}),
     "8bit-pair": (F32, F32, [BF16, SECOND], None, None, {"weight_decay": 0.1}),
     "8bit-all": (BF16, BF16, [FIRST, SECOND, SECOND, F32], BF16, F16, ALL),
+    # Of a rule that computes blocks twice.
+    "8bit-rmsprop": (F32, F32, [SECOND, FIRST, FIRST], None, None, {"centered": True, "momentum": 0.9}),
 }
 
 
@@ -41,14 +44,15 @@ def assembly(params, grads, states, master, out, flags, *, parallel=False, neare
     """Of a fresh, uncached compilation: on a cache hit there is none to inspect."""
     options = {**compiling.JIT_OPTIONS, "nogil": True, "parallel": parallel}
     dispatcher = numba.njit(stored._make_loop("for inspection"), **options)
-    c = Coefficients(AdamHyperparameters(**flags), np.dtype(F32))
+    of_rule = RMSpropHyperparameters if "centered" in flags else AdamHyperparameters
+    c = Coefficients(of_rule(**flags), np.dtype(F32))
     params, grads, *states = (np.empty(0, dtype) for dtype in (params, grads, *states))
     more = [None if dtype is None else np.empty(0, dtype) for dtype in (master, out)]
     is_blocked = any(state.itemsize == 1 for state in states)
     scales = tuple(np.empty(0, F32) for _ in states) if is_blocked else None
     storage = Storage(None if nearest else rounding(0, 1, 0), *more, scales)
     pieces, first = np.empty((0, 3), np.int64), np.zeros(1, np.int64)
-    coefficients = np.empty((0, len(columns_of(rules.Adam))), F32)
+    coefficients = np.empty((0, len(columns_of(c.types.rule))), F32)
     arguments = (params, grads, tuple(states), pieces, first, first, coefficients)
     dispatcher(*arguments, *c.update(1), c.clear, *storage)
     (text,) = dispatcher.inspect_asm().values()
