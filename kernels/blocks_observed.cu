@@ -1,4 +1,4 @@
-// A step over units of moments in blocks that has sums of what it sees. kernels/cuda_source.py puts kernels/units.cu and
+// A step over units of states in blocks that has sums of what it sees. kernels/cuda_source.py puts kernels/units.cu and
 // kernels/blocks.cu before it.
 //
 // A warp takes a chunk of a run at a time, and that block by block: of each, every lane takes the elements that the tree

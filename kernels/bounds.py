@@ -21,7 +21,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import relatives, rules
 from .bits import ABS, INF, Bits
 from .eight_bits import OFFSET, SIGNED, UNSIGNED
 
@@ -32,9 +31,6 @@ FINE = 0x7FFFFFFC
 
 _LEAST, _LARGEST = 0x00800000, 0x7F088888
 """Of scales: 2**-126, of which the inverse is finite, and 2**128 / 1.875, of which all codes are."""
-
-FORESEEN = frozenset({rules.Adam, rules.AMSGrad, relatives.NAdam, relatives.RAdam})
-"""The rules whose moments follow gradients and their squares, as ``beta1`` and ``beta2`` say."""
 
 _UP = 1 + 2.0**-20
 """Covers what rounding could add to a moment beyond its bound."""

@@ -76,9 +76,11 @@ def source(types: KernelTypes, *, units: bool = False, observed: bool = False, t
     if units:
         parts += [translate(rules.vanishes, {}), _read("units.cu")]
     if types.stored is not None:
-        in_blocks = ["eight_bits.cu"] if types.stored.in_blocks else []
-        parts += [*map(_read, in_blocks), cuda_stored_source.arrays(types), _read("stored.cu")]
-        parts += [_read("blocks.cu")] if in_blocks else []
+        in_blocks = bool(types.stored.in_blocks)
+        parts += [_read("eight_bits.cu")] if in_blocks else []
+        parts += [cuda_stored_source.arrays(types), _read("stored.cu")]
+        if in_blocks:
+            parts += [cuda_stored_source.foreseen(types), _read("block_scales.cu"), _read("blocks.cu")]
         parts += [_read("blocks_observed.cu")] if in_blocks and observed else []
     if tensors:
         parts.append(_read("tensors.cu"))

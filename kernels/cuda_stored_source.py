@@ -8,6 +8,7 @@ import numpy as np
 
 from .cuda import KernelTypes
 from .device_storage import StoredTypes
+from .relatives import FORESEEN
 from .rounding import MULTIPLIER, WEYL, WEYL_OF_HIGH
 
 _NAMES = {
@@ -61,6 +62,11 @@ def _of(types: KernelTypes) -> list[_Buffers]:
 def arrays(types: KernelTypes) -> str:
     """Return the types of all buffers."""
     return "\n".join(f"using {buffer.kind} = {buffer.type};" for buffer in _of(types))
+
+
+def foreseen(types: KernelTypes) -> str:
+    """Return whether blocks of new states follow gradients as a rule says, or are computed first."""
+    return f"constexpr bool FORESEEN = {str(types.rule in FORESEEN).lower()};"
 
 
 def buffers(types: KernelTypes) -> str:

@@ -1,8 +1,8 @@
 // How float32 numbers become codes of 8 bits and back, as kernels/eight_bits.py has it, in units of the scale that a
 // block of them shares. kernels/cuda_source.py puts kernels/formats.cu before it.
 
-struct Signed { unsigned char code; };    // of a first moment: a sign and a magnitude
-struct Unsigned { unsigned char code; };  // of a second moment
+struct Signed { unsigned char code; };    // a sign and a magnitude
+struct Unsigned { unsigned char code; };  // of what is never negative
 
 constexpr unsigned MAGNITUDE = 0x7FFFFFFF, FLAG = 0x80000000, FINE = 0x7FFFFFFC;
 constexpr unsigned OFFSET = 0x38000000, TWO = 0x40000000, ONE = 0x3F800000;  // bits of 2**-15, 2 and 1
@@ -12,21 +12,41 @@ constexpr unsigned SHIFT = 17, COARSEST = 3;
 template <class Code> constexpr bool IN_BLOCKS = false;
 template <> constexpr bool IN_BLOCKS<Signed> = true;
 template <> constexpr bool IN_BLOCKS<Unsigned> = true;
+template <class Code> constexpr bool IS_SIGNED = false;
+template <> constexpr bool IS_SIGNED<Signed> = true;
 
-// How a block is read, and written.
-template <class Code> struct View {};  // of what is in none
+DEVICE unsigned base_of(unsigned shift) { return TWO - (256u << shift); }
+
+// How a block is read, by the bits of its scale; and written, by those of a bound that becomes its scale and of the
+// least of its numbers but zero, which decides how coarse mantissas must be.
+template <class Code> struct View {  // of what is in none
+    METHOD void read_by(unsigned) {}
+    METHOD void write_by(unsigned, unsigned, bool) {}
+};
 template <> struct View<Signed> {
     Real scale, inverse;  // of the old scale; of the new one
+    METHOD void read_by(unsigned word) { scale = real_of(word & MAGNITUDE); }
+    METHOD void write_by(unsigned bound, unsigned, bool) { inverse = real_of(ONE) / real_of(bound); }
     METHOD bool changes() const { return real_of(ONE) / scale != inverse; }
 };
 template <> struct View<Unsigned> {
     Real scale, inverse;
     unsigned shift, base;       // base: bits of what code 0 would be, were it not zero
     unsigned new_shift, least;  // least: bits of what code 1 will be
+    METHOD void read_by(unsigned word) {
+        scale = real_of(word & FINE);
+        shift = SHIFT + (word & COARSEST);
+        base = base_of(shift);
+    }
+    METHOD void write_by(unsigned bound, unsigned smallest, bool is_finite) {
+        inverse = real_of(ONE) / real_of(bound);
+        const unsigned span = (TWO - bits_of(real_of(smallest) * inverse)) >> SHIFT;
+        new_shift = SHIFT + (is_finite ? (span > 254) + (span > 508) + (span > 1016) : COARSEST);
+        least = base_of(new_shift) + (1u << new_shift);
+    }
     METHOD bool changes() const { return real_of(ONE) / scale != inverse || shift != new_shift; }
 };
 
-DEVICE unsigned base_of(unsigned shift) { return TWO - (256u << shift); }
 DEVICE bool is_finite(Real number) { return (bits_of(number) & MAGNITUDE) < INFINITE; }
 
 // --- Codes to numbers; the largest code of a flagged block is not finite --------------------------------------
@@ -76,8 +96,14 @@ template <class How> DEVICE void encode(Real number, Unsigned& to, How how, cons
 
 // --- Of any storage: whole words round to 8 bits, halves to 16 -------------------------------------------------
 
-DEVICE Random whole(const Words& words, int state) { return {state < 2 ? words.moments : words.params}; }
-DEVICE Nearest whole(const NoWords&, int) { return {}; }
+// Codes with a sign take the lower bits of a word, others the upper ones. The first two states share one: as it is for a
+// first state with a sign and for a second without, with its halves exchanged for all others.
+template <class Code> DEVICE Random whole(const Words& words, int state) {
+    const unsigned word = state < 2 ? words.moments : words.params;
+    const bool is_turned = (state == 0) != IS_SIGNED<Code>;
+    return {is_turned ? word >> 16 | word << 16 : word};
+}
+template <class Code> DEVICE Nearest whole(const NoWords&, int) { return {}; }
 
 DEVICE Random half(const Words& words, int state) {
     return state == 0 ? words.first() : state == 1 ? words.second() : words.third();
@@ -86,6 +112,6 @@ DEVICE Nearest half(const NoWords&, int) { return {}; }
 
 template <class Code, class Drawn>
 DEVICE void encode_state(Real number, Code& to, const Drawn& words, int state, const View<Code>& view, bool clamps) {
-    if constexpr (IN_BLOCKS<Code>) encode(number, to, whole(words, state), view, clamps);
+    if constexpr (IN_BLOCKS<Code>) encode(number, to, whole<Code>(words, state), view, clamps);
     else encode(number, to, half(words, state));
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import NamedTuple
 
-from .rules import RULES, Advanced, Scalar, moving_average
+from .rules import RULES, Adam, Advanced, AMSGrad, Scalar, moving_average
 
 States = tuple[Scalar, ...]
 
@@ -323,3 +323,6 @@ RULES |= {
     CenteredMomentumRMSprop: centered_momentum_rmsprop,
     Adadelta: adadelta,
 }
+
+FORESEEN = frozenset({Adam, AMSGrad, NAdam, RAdam})
+"""The rules whose moments follow gradients and their squares, as ``beta1`` and ``beta2`` say."""

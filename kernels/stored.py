@@ -18,7 +18,6 @@ from numba.extending import overload
 
 from . import rules, threads
 from .bounds import (
-    FORESEEN,
     are_finite,
     larger_magnitude,
     limited,
@@ -36,6 +35,7 @@ from .distinct import memory_of, moved, pointers_to, prefetch
 from .draws import draws_after, draws_at, word_for_param
 from .elements import keep_states, load_states, store_states
 from .groups import BLOCK, KEPT, Cuts
+from .relatives import FORESEEN
 from .rounding import Rounding, Storage
 from .rows import part_of_row
 from .storage import at_element, load, load_param, store, store_param

@@ -6,6 +6,8 @@ import numpy as np
 from phase_cases import pairwise
 from storage_cases import encoded
 
+from fastadam.rule import NONNEGATIVE
+
 FACTORS = {
     "state_dtype": [
         "8bit",
@@ -65,7 +67,7 @@ def _unsigned(state, name):
     codes, scales = state[name], state.get(f"{name}_scales")
     if getattr(codes, "dtype", None) == np.uint16:  # bfloat16
         return np.where(codes & 0x7FFF > 0x7F80, 0x7FFF, codes)
-    if name != "exp_avg" or scales is None:
+    if name in NONNEGATIVE or scales is None:
         return codes
     is_flagged = np.repeat(np.signbit(scales), 128)[: codes.size]
     return np.where(is_flagged & (codes & 127 == 127), 127, codes)

@@ -6,6 +6,8 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
+from block_cases import ODD, assert_same_state
+from own_rules import FusedYogi
 from phase_cases import pairwise
 from storage_cases import encoded
 from tolerances import assert_same_bits
@@ -104,11 +106,32 @@ def problem(rng, case, size, steps=4):
     return values.astype(case["storage"]), list(gradients.astype(case["storage"]))
 
 
+_8BIT = {"storage": "8bit", "units": "", "capturable": False, "decides": False, "ema_decay": None}
+_OF_RULES_IN_8_BITS = {
+    "adamax": {"units": "segments"},
+    "lion": {"units": "telemetry"},
+    "momentum": {"capturable": True, "ema_decay": 0.9, "more": ODD},
+    "nesterov": {"more": {"rounding": "nearest"}},
+    "adagrad": {"units": "telemetry"},
+    "rmsprop": {"ema_decay": 0.9, "more": {"rounding": "nearest"}},
+    "rmsprop-centered": {"more": {"state_dtype": ("bfloat16", "8bit")}},
+    "rmsprop-momentum": {"units": "segments", "more": {"state_dtype": ("8bit", "float32")}},
+    "rmsprop-centered-momentum": {"units": "segments", "capturable": True},
+    "adadelta": {"units": "segments", "more": {"rounding": "nearest", "zero_grads": True}},
+    "yogi": {},
+}
+IN_8_BITS = [{**_8BIT, "rule": rule, **case} for rule, case in _OF_RULES_IN_8_BITS.items()]
+"""States in 8 bits of every rule of which the new ones are computed before a block has its scale."""
+
+OWN = {"yogi": Member(FusedYogi, {})}
+"""Of two states in 8 bits with a sign."""
+
+
 class Pair:
     """An optimizer on the CPU and one on the device, with the same parameters."""
 
     def __init__(self, case, params, put, backend=None):
-        member = FAMILY[case["rule"]]
+        member = (FAMILY | OWN)[case["rule"]]
         options = {
             "weight_decay": 0.0 if case["units"] == "telemetry" else 0.1,
             "ema_decay": case["ema_decay"],
@@ -116,7 +139,8 @@ class Pair:
             "max_grad_norm": 1.0 if case["decides"] else None,
             "skip_nonfinite": case["decides"],
             "zero_grads": case["decides"],
-            "state_dtype": "bfloat16" if case["storage"] == "bfloat16" else "float32",
+            "state_dtype": case["storage"] if case["storage"] in {"bfloat16", "8bit"} else "float32",
+            **case.get("more", {}),
         }
         self.cpu = member(backend="cpu", **options)
         self.device = member(backend=backend, capturable=case["capturable"], **options)
@@ -140,6 +164,36 @@ class Pair:
 
     def compare_states(self):
         found, wanted = self.device.state_dict(), self.cpu.state_dict()
+        if any(name.endswith("_scales") for name in wanted):
+            assert_same_state(found, wanted)
+            return
         assert found["step"] == wanted["step"]
         for name in self.cpu.state.moments:
             assert_same_bits(found[name], wanted[name], name)
+
+
+def step_in_8_bits(rng, case, put, size=300, *, backend=None, **how):
+    """Step whole blocks and cut ones; the first gets what is not finite. Then parts are frozen.
+
+    Of the second block these have the least states. Of the first two the last gradients are small; of the
+    third the least state grows when all gradients become smaller.
+    """
+    params, gradients = problem(rng, {**case, "storage": "float32"}, size)
+    params[[7, 8, 200]] = 1.0, 1.0, 1e18 if case["units"] == "telemetry" else 1.0  # of all others, it decays
+    pair = Pair(case, params, put, backend)
+    for k, grads in enumerate(gradients):
+        grads[128:300] = rng.uniform(1, 8, 172)
+        grads[140:145] = 2.0**-8
+        grads[256:300] *= 2.0 ** (-4 * (k > 1))
+        if k < 2:
+            grads[270] = 2.0**-12
+        if k == 3:
+            grads[:256] *= 2.0**-9
+        if 0 < k < 3:
+            grads[[105, 106]] = 1e30, np.nan
+        if k == 2:
+            grads[5] = np.inf
+        if k == 2 and case["units"] and not case["capturable"]:
+            frozen = [Segment(a, b, frozen=True) for a, b in ((110, 112), (140, 145), (260, 262))]
+            pair.cpu.segments = pair.device.segments = [*parts(pair.cpu, 300)[:4], *frozen]
+        pair.step(grads, **how)

@@ -12,7 +12,7 @@ from segment_steps import slices
 from fastadam import eight_bit, precision
 from fastadam.adam import AdamHyperparameters
 from fastadam.coefficients import Coefficients
-from fastadam.kernels import bounds, relatives, rules
+from fastadam.kernels import relatives, rules
 from fastadam.rounding import rounding
 
 BLOCK = 128
@@ -70,7 +70,7 @@ def advanced(c, param, grad, states):
     if not isinstance(rule, rules.Adam):
         moments = tuple(value for name, value in states.items() if name != "param_ema")
         with mock.patch.object(rules, "sqrt", np.sqrt), mock.patch.object(relatives, "sqrt", np.sqrt):
-            if type(rule) in bounds.FORESEEN:
+            if type(rule) in relatives.FORESEEN:
                 param, new = rules.advance(param, grad, moments, rule)
             else:
                 param, *new = one_by_one(rule, param, grad, *moments)
@@ -149,7 +149,7 @@ class literal_blocks:  # noqa: N801
         self.h = h = h or AdamHyperparameters(**options)
         self.kinds = dict(zip(h.state, h.formats(), strict=True))
         self.in_blocks = [name for name, kind in self.kinds.items() if kind in precision.IN_BLOCKS]
-        self.is_foreseen = h.rule.coefficients in bounds.FORESEEN
+        self.is_foreseen = h.rule.coefficients in relatives.FORESEEN
         self.parts = slices(segments, params.size)
         self.dtype, self.size, self.step_number = params.dtype, params.size, 0
         self.exact = params.astype(F)

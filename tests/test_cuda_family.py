@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_family import CASES, FAMILY, Pair, case_id, problem, some_cases
+from cuda_family import CASES, FAMILY, IN_8_BITS, Pair, case_id, problem, some_cases, step_in_8_bits
 from cuda_steps import assert_refused, ones
 
 import fastadam
 from fastadam import Segment
+from fastadam.kernels.relatives import FORESEEN
 from fastadam.kernels.tree import CHUNK
 
 PLAIN = {"units": "", "storage": "float32", "capturable": False, "decides": False, "ema_decay": None}
@@ -86,6 +87,23 @@ def test_moments_in_8_bits(cupy, rng, rule, flags):
         for name, moment in cpu.state.moments.items():
             np.testing.assert_array_equal(device.state.moments[name], moment)
         assert repr(device.last_step) == repr(cpu.last_step)
+
+
+@pytest.mark.parametrize("case", IN_8_BITS, ids=case_id)
+def test_states_in_8_bits(cupy, rng, case):
+    step_in_8_bits(rng, case, cupy.asarray)
+
+
+def test_without_a_state_nothing_is_in_blocks(cupy, rng):
+    step_in_8_bits(rng, {**IN_8_BITS[0], "rule": "sgd", "units": ""}, cupy.asarray)
+    assert "step" in {entry[0] for entry in cupy.log}
+
+
+def test_cases_have_every_other_rule_in_8_bits():
+    """Of which bounds are not known before."""
+    rules = {member()._hyperparameters.rule for member in FAMILY.values()}
+    others = {rule.coefficients for rule in rules if rule.states} - FORESEEN
+    assert {FAMILY[case["rule"]]()._hyperparameters.rule.coefficients for case in IN_8_BITS[:-1]} == others
 
 
 def test_not_a_number_stays_one(cupy):

@@ -11,7 +11,7 @@ from tolerances import assert_same_bits
 from unit_steps import parts
 
 import fastadam
-from fastadam import FusedAdam, Segment
+from fastadam import FusedAdagrad, FusedAdam, Segment
 from fastadam.kernels.block_tables import block_tables
 from fastadam.kernels.groups import KEPT
 from fastadam.kernels.run_chunks import RunChunks
@@ -68,6 +68,16 @@ def test_sums_are_in_the_order_of_the_tree(cupy, order):
         arrays = np.ones(2300, np.float32), gradients_in_order(order)
         opt.step(*(arrays if opt.backend == "cpu" else map(cupy.asarray, arrays)))
         assert opt.last_step.grad_norm == 2**27
+
+
+def test_each_code_without_a_sign_but_zero_moves(cupy, rng):
+    grads = 10.0 ** rng.uniform(-2, 3, 1000).astype("f4")
+    grads[::7] = 0
+    opt = FusedAdagrad(telemetry=True, state_dtype="8bit")
+    opt.step(cupy.asarray(np.full(1000, 1e18, np.float32)), cupy.asarray(grads))
+    codes = opt.state_dict()["sum"]
+    assert {0, 1, 128, 254} <= set(codes.tolist())
+    assert opt.last_step.vanished == np.count_nonzero(codes)
 
 
 @MODES

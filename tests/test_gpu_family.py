@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_family import FAMILY, Pair, case_id, problem, some_cases
+from cuda_family import FAMILY, IN_8_BITS, Pair, case_id, problem, some_cases, step_in_8_bits
 from gpu_libraries import assert_same, of_backend
 from gpu_libraries import problem as plain_problem
 
@@ -59,3 +59,10 @@ def test_moments_in_8_bits(backend, rng, rule):
         cpu.step(copied, grads)
         device.step(buffer, library.put(grads))
     np.testing.assert_array_equal(library.get(buffer), copied)
+
+
+@pytest.mark.parametrize("case", IN_8_BITS, ids=case_id)
+def test_states_in_8_bits(backend, rng, case):
+    library = of_backend(backend)
+    for size in (300, SIZES[-1]):
+        step_in_8_bits(rng, case, library.put, size, backend=backend, there=library.get)
