@@ -7,6 +7,7 @@ two of these functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -14,45 +15,36 @@ from numba import types
 from numba.core import cgutils
 from numba.cuda.extending import intrinsic
 
+from .bits import SIGN, Bits
+from .bounds import in_blocks, scale_at
+from .draws import by_place
 from .eight_bits import (
-    COARSEST,
     ROUNDS_SIGNED,
     ROUNDS_UNSIGNED,
     SHIFT,
     SIGNED,
-    TWO,
     UNSIGNED,
     Signed,
     Unsigned,
+    base,
     decode_signed,
     decode_unsigned,
     encode_signed,
     encode_unsigned,
 )
 from .formats import DECODERS, ENCODERS
+from .tree import LANES
+from .views import VIEWS, checks_in, parts_of, shift_after
 
-_INT, _FLOAT, _BOOL = ir.IntType(32), ir.FloatType(), ir.IntType(1)
-_ABS, _FINE, _FLAG = 0x7FFFFFFF, 0x7FFFFFFC, 0x80000000
+_BYTE, _INT, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
-_VIEWS: dict[types.Type, types.Type] = {
-    SIGNED: types.UniTuple(types.float32, 2),
-    UNSIGNED: types.Tuple(
-        (types.float32, types.uint32, types.uint32, types.float32, types.uint32, types.uint32)
-    ),
-}
-
-
-def _in_blocks(states: Any) -> list[tuple[int, Any]]:
-    return [(k, state.dtype) for k, state in enumerate(states) if state.dtype in _VIEWS]
+_WHOLE_WARP, _BUTTERFLY, _LAST_LANE = _INT(0xFFFFFFFF), _INT(3), _INT(LANES - 1)
+"""Of a shuffle: who takes part, that lanes exchange numbers, and the last of them."""
 
 
 def _at(builder: Any, states: Any, k: int, i: Any) -> Any:
     """Return the pointer to element ``i`` of the ``k``-th of some arrays."""
     return builder.gep(cgutils.unpack_tuple(builder, states)[k], [i])
-
-
-def _word_at(builder: Any, scales: Any, k: int, block: Any) -> Any:
-    return builder.bitcast(_at(builder, scales, k, block), _INT.as_pointer())
 
 
 # --- What a block has in common -----------------------------------------------------------------------------
@@ -66,7 +58,7 @@ def scales_of_states(typing_context: Any, states: Any, scales: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         given = cgutils.unpack_tuple(builder, arguments[1])
         found = [given[0]] * len(states)
-        for pointer, (k, _) in zip(given, _in_blocks(states), strict=True):
+        for pointer, (k, _) in zip(given, in_blocks(states), strict=True):
             found[k] = pointer
         return context.make_tuple(builder, pointers, found)
 
@@ -79,66 +71,87 @@ def smaller_code(typing_context: Any, before: Any, state: Any, i: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         code = builder.load(builder.gep(arguments[1], [arguments[2]]))
-        code = builder.zext(builder.sub(code, ir.IntType(8)(1)), _INT)
+        code = builder.zext(builder.sub(code, _BYTE(1)), _INT)
         return builder.select(builder.icmp_unsigned("<", code, arguments[0]), code, arguments[0])
 
     return types.uint32(types.uint32, state, i), emit
 
 
 @intrinsic
-def views_of(
-    typing_context: Any,
-    states: Any,
-    scales: Any,
-    block: Any,
-    bounds: Any,
-    leasts: Any,
-    beta2: Any,
-    is_finite: Any,
-) -> Any:
-    """Return how a block is read and written, whose least codes, but zero, are ``leasts`` of states 1 and 2.
+def extents_left(typing_context: Any, states: Any, views: Any, leasts: Any, share: Any) -> Any:
+    """Return extents of a block of which at least this share is left of second moments.
 
-    ``beta2`` is the least share of a second moment that is left of it.
+    The least codes, but zero, are ``leasts`` of states 1 and 2.
     """
-    views = types.Tuple([_VIEWS.get(state.dtype, types.none) for state in states])
+    extents = types.UniTuple(types.uint32, 2 * len(states))
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, scales_, block_, bounds_, leasts_, beta2_, is_finite_ = arguments
-        found = [context.get_dummy_value()] * len(states)
-        of_states, least_codes = (cgutils.unpack_tuple(builder, value) for value in (bounds_, leasts_))
-        for k, kind in _in_blocks(states):
-            word = builder.load(_word_at(builder, scales_, k, block_))
-            inverse = builder.fdiv(_FLOAT(1), builder.bitcast(of_states[k], _FLOAT))
-            view: tuple[Any, ...]
-            if kind == SIGNED:
-                view = Signed(builder.bitcast(builder.and_(word, _INT(_ABS)), _FLOAT), inverse)
+        build, found = Bits(builder), [_INT(0)] * (2 * len(states))
+        of_views, codes = (cgutils.unpack_tuple(builder, value) for value in arguments[1:3])
+        for k, kind in in_blocks(states):
+            if kind == UNSIGNED:
+                view = Unsigned(*cgutils.unpack_tuple(builder, of_views[k]))
+                number = build.float(builder.add(view.base, builder.shl(codes[k - 1], view.shift)))
+                number = builder.fmul(builder.fmul(number, view.scale), arguments[3])
+                found[2 * k + 1] = build.of(number)
+        return context.make_tuple(builder, extents, found)
+
+    return extents(states, views, leasts, share), emit
+
+
+@intrinsic
+def views_after(
+    typing_context: Any, states: Any, views: Any, bounds: Any, extents: Any, is_finite: Any
+) -> Any:
+    """Return the views of a block as it is read with how it is written.
+
+    Read as in a look before, it has the same numbers: compilers need not compute them again.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build = Bits(builder)
+        found, words, extents_ = (cgutils.unpack_tuple(builder, value) for value in arguments[1:4])
+        for k, kind in in_blocks(states):
+            view = parts_of(builder, kind, found[k])
+            inverse = builder.fdiv(_FLOAT(1), build.float(words[k]))
+            if isinstance(view, Signed):
+                view = Signed(view.scale, inverse)
             else:
-                view = _view_of_second(builder, word, inverse, least_codes[k - 1], beta2_, is_finite_)
-            found[k] = context.make_tuple(builder, _VIEWS[kind], list(view))
+                least = builder.fmul(build.float(extents_[2 * k + 1]), inverse)
+                shift = shift_after(builder, least, builder.not_(arguments[4]))
+                first = builder.add(base(builder, shift), builder.shl(_INT(1), shift))
+                view = Unsigned(view.scale, view.shift, view.base, inverse, shift, first)
+            found[k] = context.make_tuple(builder, VIEWS[kind], list(view))
         return context.make_tuple(builder, views, found)
 
-    return views(states, scales, block, bounds, leasts, beta2, is_finite), emit
+    return views(states, views, bounds, extents, is_finite), emit
 
 
-def _view_of_second(
-    builder: Any, word: Any, inverse: Any, least_code: Any, beta2: Any, is_finite: Any
-) -> Unsigned:
-    def zero(shift: Any) -> Any:
-        return builder.sub(_INT(TWO), builder.shl(_INT(256), shift))
+@intrinsic
+def extents_of_warp(typing_context: Any, extents: Any, states: Any) -> Any:
+    """Return extents of the elements of all lanes."""
 
-    scale = builder.bitcast(builder.and_(word, _INT(_FINE)), _FLOAT)
-    shift = builder.add(builder.and_(word, _INT(COARSEST)), _INT(SHIFT))
-    least = builder.bitcast(builder.add(zero(shift), builder.shl(least_code, shift)), _FLOAT)
-    least = builder.fmul(builder.fmul(builder.fmul(least, scale), beta2), inverse)
-    span = builder.lshr(builder.sub(_INT(TWO), builder.bitcast(least, _INT)), _INT(SHIFT))
-    coarse = _INT(0)
-    for k in range(COARSEST):
-        beyond = builder.icmp_unsigned(">", span, _INT((255 << k) - (1 << k)))
-        coarse = builder.add(coarse, builder.zext(beyond, _INT))
-    is_open = builder.or_(builder.icmp_unsigned("==", word, _INT(0)), builder.not_(is_finite))
-    new_shift = builder.add(builder.select(is_open, _INT(COARSEST), coarse), _INT(SHIFT))
-    first = builder.add(zero(new_shift), builder.shl(_INT(1), new_shift))
-    return Unsigned(scale, shift, zero(shift), inverse, new_shift, first)
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        build, found = Bits(builder), cgutils.unpack_tuple(builder, arguments[0])
+        for k, kind in in_blocks(states):
+            found[2 * k] = _of_warp(builder, found[2 * k], build.larger)
+            if kind == UNSIGNED:
+                found[2 * k + 1] = _of_warp(builder, found[2 * k + 1], build.smaller)
+        return context.make_tuple(builder, extents, found)
+
+    return extents(extents, states), emit
+
+
+def _of_warp(builder: Any, value: Any, chosen: Callable[..., Any]) -> Any:
+    """Emit what is chosen of the values of all lanes."""
+    kind = ir.FunctionType(ir.LiteralStructType([_INT, ir.IntType(1)]), [_INT] * 5)
+    shuffle = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.shfl.sync.i32")
+    apart = 1
+    while apart < LANES:
+        got = builder.call(shuffle, [_WHOLE_WARP, _BUTTERFLY, value, _INT(apart), _LAST_LANE])
+        value = chosen(value, builder.extract_value(got, 0))
+        apart *= 2
+    return value
 
 
 @intrinsic
@@ -147,8 +160,8 @@ def largest_codes(typing_context: Any, states: Any, i: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         found = _INT(0)
-        for k, kind in _in_blocks(states):
-            largest = ir.IntType(8)(127 if kind == SIGNED else 255)
+        for k, kind in in_blocks(states):
+            largest = _BYTE(127 if kind == SIGNED else 255)
             code = builder.and_(builder.load(_at(builder, arguments[0], k, arguments[1])), largest)
             bit = builder.zext(builder.icmp_unsigned("==", code, largest), _INT)
             found = builder.or_(found, builder.shl(bit, _INT(k)))
@@ -166,13 +179,13 @@ def set_scales(
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, scales_, block_, bounds_, views_, largest_ = arguments
         words, of_views = (cgutils.unpack_tuple(builder, value) for value in (bounds_, views_))
-        for k, kind in _in_blocks(states):
+        for k, kind in in_blocks(states):
             word = words[k]
             if kind == UNSIGNED:
                 new_shift = Unsigned(*cgutils.unpack_tuple(builder, of_views[k])).new_shift
                 word = builder.or_(word, builder.sub(new_shift, _INT(SHIFT)))
-            flag = builder.and_(builder.shl(largest_, _INT(31 - k)), _INT(_FLAG))
-            builder.store(builder.or_(word, flag), _word_at(builder, scales_, k, block_))
+            flag = builder.and_(builder.shl(largest_, _INT(31 - k)), _INT(SIGN))
+            builder.store(builder.or_(word, flag), scale_at(builder, scales_, k, block_))
         return context.get_dummy_value()
 
     return types.void(states, scales, block, bounds, views, largest), emit
@@ -190,41 +203,35 @@ class _Element:
         self._memory, self._i = values[:2]
         count = len(self.states)
         self.views = cgutils.unpack_tuple(builder, values[3])
-        self._words, self._flags, self.is_clamped = None, [None] * count, None
+        self._words: list[Any] = [None] * count
         if not isinstance(types_of[2], types.NoneType):
-            self._words = cgutils.unpack_tuple(builder, values[2])
-        if not isinstance(types_of[4], types.NoneType):
-            *self._flags, self.is_clamped = cgutils.unpack_tuple(builder, values[4])
+            self._words[:3] = by_place(builder, *cgutils.unpack_tuple(builder, values[2]))[:count]
+        self._flags, self.is_clamped = checks_in(builder, types_of[4], values[4], count)
 
     def view(self, k: int) -> Any:
         """Return the view of a state in blocks."""
-        parts = cgutils.unpack_tuple(self.b, self.views[k])
-        return Signed(*parts) if self.states[k].dtype == SIGNED else Unsigned(*parts)
+        return parts_of(self.b, self.states[k].dtype, self.views[k])
 
     def load(self, k: int) -> Any:
         """Emit the number of a state."""
         kind = self.states[k].dtype
         code = self.b.load(_at(self.b, self._memory, k, self._i))
-        if kind in _VIEWS:
+        if kind in VIEWS:
             decode = decode_signed if kind == SIGNED else decode_unsigned
             return decode(self.b, code, self.view(k), self._flags[k])
         return DECODERS[kind](self.b, code) if kind in DECODERS else code
 
     def store(self, k: int, number: Any) -> None:
         """Emit the store of a number."""
-        kind, word = self.states[k].dtype, None
-        if self._words is not None:  # a whole one for 8 bits, a half for 16
-            word = self._words[k // 2] if k < 3 else None
-            if kind in ENCODERS and k > 0:
-                word = self.b.lshr(word, _INT(16))
+        kind, word = self.states[k].dtype, self._words[k]
         if kind == SIGNED:
-            word = _INT(ROUNDS_SIGNED) if word is None else word
-            number = encode_signed(self.b, number, self.view(k), word, self.is_clamped)
+            random = _INT(ROUNDS_SIGNED) if word is None else word.signed
+            number = encode_signed(self.b, number, self.view(k), random, self.is_clamped)
         elif kind == UNSIGNED:
-            word = _INT(ROUNDS_UNSIGNED) if word is None else word
-            number = encode_unsigned(self.b, number, self.view(k), word, self.is_clamped)
+            random = _INT(ROUNDS_UNSIGNED) if word is None else word.unsigned
+            number = encode_unsigned(self.b, number, self.view(k), random, self.is_clamped)
         elif kind in ENCODERS:
-            number = ENCODERS[kind](self.b, number, word)
+            number = ENCODERS[kind](self.b, number, None if word is None else word.half)
         self.b.store(number, _at(self.b, self._memory, k, self._i))
 
     def changes(self, k: int) -> Any:
@@ -272,7 +279,7 @@ def keep_states(typing_context: Any, states: Any, i: Any, words: Any, views: Any
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         element = _Element(builder, signature.args, arguments)
-        for k, _ in _in_blocks(states):
+        for k, _ in in_blocks(states):
             with builder.if_then(element.changes(k)):
                 element.store(k, element.load(k))
         return context.get_dummy_value()

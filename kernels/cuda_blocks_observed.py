@@ -8,8 +8,10 @@ from typing import Any
 from numba import cuda, float64
 
 from .cuda import KernelTypes
+from .cuda_block_elements import Elements
+from .cuda_block_limits import make_of_source
 from .cuda_block_views import scales_of_states
-from .cuda_blocks_loop import Elements, make_first, make_of_source, make_step_block
+from .cuda_blocks_loop import make_first, make_step_block
 from .cuda_loop import pick
 from .cuda_seen import SHARED, sum_up
 from .cuda_stored_loop import make_rounding

@@ -45,16 +45,16 @@ def make_see(*, observed: bool) -> Any:
     return cuda.jit(device=True)(see if observed else see_nothing)
 
 
-def make_see_stored(*, in_blocks: bool, has_moments: bool = True, observed: bool) -> Any:
+def make_see_stored(*, magnitude: int | None = None, has_moments: bool = True, observed: bool) -> Any:
     """Return that which finds the parameter and the first moment at ``k`` of buffers, where they were stored.
 
-    ``in_blocks`` is whether the moment has 8 bits: it is zero where its magnitude is, whatever the scale.
-    Where there is none, ``has_moments`` false, the gradient takes its place.
+    A moment in 8 bits is zero where the bits are of ``magnitude``, whatever the scale; None for others.
+    Where there is no moment, ``has_moments`` false, the gradient takes its place.
     """
     see = make_see(observed=True)
 
     def moment_in_block(states: Any, k: int, grad: Any) -> Any:
-        return states[0][k] & 127
+        return states[0][k] & magnitude
 
     def moment_alone(states: Any, k: int, grad: Any) -> Any:
         return load(states[0], k)
@@ -62,7 +62,8 @@ def make_see_stored(*, in_blocks: bool, has_moments: bool = True, observed: bool
     def no_moment(states: Any, k: int, grad: Any) -> Any:
         return grad
 
-    moved = moment_in_block if in_blocks else moment_alone if has_moments else no_moment
+    alone = moment_alone if has_moments else no_moment
+    moved = alone if magnitude is None else moment_in_block
     moved_by = cuda.jit(device=True)(moved)
 
     def see_nothing(

@@ -151,7 +151,7 @@ def _make_step_one(kinds: KernelTypes, stored: StoredTypes, *, observed: bool) -
     master_of = at_place(None if stored.master is None else behind)
     out_of = at_place(None if stored.out is None else behind + (stored.master is not None))
     clears = kinds.clear is not type(None)
-    see = make_see_stored(in_blocks=False, has_moments=kinds.n_moments > 0, observed=observed)
+    see = make_see_stored(has_moments=kinds.n_moments > 0, observed=observed)
 
     @cuda.jit(device=True)
     def step_one(arrays: Any, k: int, i: int, c: Any, rounding: Any, seen: Any) -> Any:

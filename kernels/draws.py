@@ -57,7 +57,11 @@ def draws_after(typing_context: Any, draws: Any) -> Any:
 
 def words_for_states(builder: Any, draws: Any) -> list[Word]:
     """Emit random bits for each of at most three states; an average behind them is not rounded."""
-    one, other = (mixed(builder, draw) for draw in cgutils.unpack_tuple(builder, draws))
+    return by_place(builder, *(mixed(builder, draw) for draw in cgutils.unpack_tuple(builder, draws)))
+
+
+def by_place(builder: Any, one: Any, other: Any) -> list[Word]:
+    """Emit the same of the two random words of an element."""
     upper, upper_of_other = (builder.lshr(word, _INT(16)) for word in (one, other))
     turned, other_turned = (_turned(builder, word) for word in (one, other))
     return [Word(one, turned, one), Word(turned, one, upper), Word(other_turned, other, upper_of_other)]

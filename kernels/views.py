@@ -71,7 +71,7 @@ def views_of(
                     code = _least_code(builder, states[k], memory[k], size_)
                     number = build.float(builder.add(zero, builder.shl(code, shift)))
                     number = builder.fmul(builder.fmul(number, scale), least_)
-                new_shift = _new_shift(builder, builder.fmul(number, inverse), is_open)
+                new_shift = shift_after(builder, builder.fmul(number, inverse), is_open)
                 first = builder.add(base(builder, new_shift), builder.shl(_INT(1), new_shift))
                 view = Unsigned(scale, shift, zero, inverse, new_shift, first)
             found[k] = context.make_tuple(builder, VIEWS[kind], list(view))
@@ -109,7 +109,7 @@ def _second_before(builder: Any, word: Any) -> tuple[Any, Any, Any]:
     return build.float(build.masked(word, FINE)), shift, base(builder, shift)
 
 
-def _new_shift(builder: Any, least: Any, is_open: Any) -> Any:
+def shift_after(builder: Any, least: Any, is_open: Any) -> Any:
     """Emit how far codes will be shifted.
 
     The least that a moment that is not zero can become, in units of the new scale, decides how coarse

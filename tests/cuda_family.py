@@ -124,7 +124,7 @@ IN_8_BITS = [{**_8BIT, "rule": rule, **case} for rule, case in _OF_RULES_IN_8_BI
 """States in 8 bits of every rule of which the new ones are computed before a block has its scale."""
 
 OWN = {"yogi": Member(FusedYogi, {})}
-"""Of two states in 8 bits with a sign."""
+"""A state with a sign, and one that is said to be never negative."""
 
 
 class Pair:

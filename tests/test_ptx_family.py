@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
-from cuda_builds import BACKENDS, SM_80, SM_90, SM_100, SUFFIX
-from cuda_family import FAMILY, IN_8_BITS, Pair, case_id, problem, some_cases, step_in_8_bits
+from cuda_builds import BACKENDS, SUFFIX
+from cuda_family import FAMILY, Pair, case_id, problem, some_cases
 from ptx import Program, count
 from ptx_checks import foreign
-from stored_gpu import StoredGpu, kernel_of, program, ptx_of, use
-from test_ptx_blocks import HARMLESS, SEEN
+from stored_gpu import StoredGpu, program, ptx_of, use
 
 from fastadam.coefficients import Coefficients
-from fastadam.device_stored import types_of as storage_of
-from fastadam.formats import BFLOAT16
 
 SIZE = 45
 
@@ -77,64 +72,3 @@ def test_wrong_instructions_are_seen(monkeypatch, rng, rule, right, wrong):
     case = {"units": "", "storage": "float32", "capturable": False, "decides": False, "ema_decay": None}
     with pytest.raises(AssertionError):
         assert_runs(monkeypatch, rng, "cupy", {"rule": rule, **case}, spoilt)
-
-
-# --- States in 8 bits ---------------------------------------------------------------------------------------
-
-ENTRIES_OF_BLOCKS = ["step", "step_captured", "step_units", "step_units_observed", "step_across"]
-
-
-@pytest.mark.parametrize("case", IN_8_BITS, ids=case_id)
-def test_states_in_8_bits(monkeypatch, rng, case):
-    gpu = StoredGpu("cupy")
-    use(monkeypatch, gpu)
-    step_in_8_bits(rng, case, gpu.put, backend="cupy")
-
-
-def types_in_8_bits(rule):
-    """Return those of a step of bfloat16 with all that there is."""
-    flags = {"state_dtype": "8bit", "master_params": "split", "ema_decay": 0.9, "weight_decay": 0.1}
-    flags |= {"max_grad_norm": 1.0, "max_grad_value": 1.0, "zero_grads": True}
-    h = FAMILY[rule](**flags)._hyperparameters
-    return Coefficients(h, np.dtype(np.float32)).scaled_types._replace(stored=storage_of(h, BFLOAT16))
-
-
-MOST = "rmsprop-centered-momentum"
-"""The rule with the most states."""
-
-
-@pytest.mark.parametrize("capability", [SM_80, SM_90, SM_100], ids=str)
-def test_registers_suffice_in_8_bits(capability):
-    for entry in ENTRIES_OF_BLOCKS:
-        kernel = kernel_of("cupy", entry, types_in_8_bits(MOST), capability)
-        assert kernel.registers <= 128
-        assert (kernel.stack, kernel.local) == (0, 0)
-
-
-@pytest.mark.parametrize("rule", ["adadelta", MOST])
-def test_nothing_is_fused_or_flushed_in_8_bits(rule):
-    for entry in ENTRIES_OF_BLOCKS:
-        ops = count(ptx_of("cupy", entry, types_in_8_bits(rule)))
-        harmless = HARMLESS + SEEN if entry == "step_units_observed" else HARMLESS
-        assert {op for op in ops if not re.fullmatch(harmless, op, re.VERBOSE)} == set()
-        assert ops["sqrt.rn.f32"] * ops["div.rn.f32"] > 0
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"), [("1057523987", "1057523985"), ("2147483646", "1")], ids=["share", "least"]
-)
-def test_wrong_extents_are_seen(monkeypatch, rng, right, wrong):
-    """The largest of states with a sign has its own share; no element is less than the least."""
-
-    def spoilt(backend, name, types):
-        code = ptx_of(backend, name, types)
-        forms = {right: wrong, f"0f{int(right):08X}": f"0f{int(wrong):08X}"}
-        found = [form for form in forms if re.search(rf"\b{form}\b", code)]
-        assert found
-        return Program(re.sub(rf"\b{found[0]}\b", forms[found[0]], code))
-
-    gpu = StoredGpu("cupy", spoilt)
-    use(monkeypatch, gpu)
-    (case,) = (case for case in IN_8_BITS if case["rule"] == "adamax")
-    with pytest.raises(AssertionError):
-        step_in_8_bits(rng, {**case, "units": ""}, gpu.put, backend="cupy")
