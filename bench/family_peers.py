@@ -66,6 +66,11 @@ class Relative:
         """Whether PyTorch has the rule."""
         return self.kind != "Lion"
 
+    @property
+    def stored(self) -> bool:
+        """Whether states can all be kept in less than 32 bits."""
+        return bool(self.states) and "centered" not in self.flags
+
     def bytes_moved(self, size: int, dtype: Any) -> int:
         """Return what a step must read and write: all is read, and all but the gradient written."""
         return size * (3 + 2 * len(self.states)) * int(np.dtype(dtype).itemsize)
@@ -265,7 +270,7 @@ def contest(relative: Relative) -> Contest:
         "fastadam": Peer("fastadam", partial(start_fastadam, relative), ()),
         "traffic": Peer("same traffic", partial(start_traffic, relative), (), is_adam=False),
     }
-    if relative.states:
+    if relative.stored:
         for kind, label in STORED.items():
             packages = ("ml_dtypes",) if kind == "bfloat16" else ()
             peers[kind] = Peer(label, partial(start_fastadam, relative, state_dtype=kind), packages)

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench import tables
 from bench.environment import Result
-from bench.family_peers import STORED
+from bench.family_peers import FAMILY, STORED
 from bench.units import format_size, format_time
 
 
@@ -31,7 +31,7 @@ def _cells(name: str, rows: list[dict[str, Any]]) -> list[str]:
     ours, traffic = by_peer["fastadam"], by_peer["traffic"]
     theirs = [row for peer, row in by_peer.items() if peer.startswith("torch")]
     cells = [name, f"{ours['bytes_per_element']:g}", format_time(ours["seconds"]), _ratio(traffic)]
-    stored = [_times_as_fast(by_peer.get(kind)) for kind in STORED]
+    stored = [_times_as_fast(by_peer.get(kind) if FAMILY[name].stored else None) for kind in STORED]
     if not theirs:
         return [*cells, "has none", "", *stored]
     best = min(theirs, key=lambda row: float(row["seconds"]))

@@ -107,9 +107,9 @@ class FusedAdam(HasBetas, HasEps, HasDecoupled, FusedOptimizer):
         of the gradient were inf or NaN and how many updates rounded to nothing (:attr:`last_step`). They are
         formed in the same pass, and change no bit of it.
     state_dtype : {"float32", "bfloat16", "8bit"} or a pair of them, default "float32"
-        How the moments are stored; a pair is for ``exp_avg`` and ``exp_avg_sq``. In 8 bits, blocks of 128
-        elements share a scale. With float64 parameters only the default, which is float64 then. This and what
-        follows: ``docs/storage.md``.
+        How the states are stored; a pair is for those with a sign, such as ``exp_avg``, and for others. In 8
+        bits, blocks of 128 elements share a scale. With float64 parameters only the default, which is float64
+        then. This and what follows: ``docs/storage.md``.
     master_params : {None, "float32", "split"}, default None
         Keep 16-bit parameters exactly, in the state: as float32, or as what is missing of bfloat16 parameters
         to it, 2 bytes.

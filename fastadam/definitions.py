@@ -14,6 +14,7 @@ from fastadam.formulas import column_of
 from fastadam.hyperparameters import CHECKS, Check, Hyperparameters
 from fastadam.loading import SCALES
 from fastadam.optimizer import FusedOptimizer, Options
+from fastadam.precision import StateDtype
 from fastadam.rule import LR
 from fastadam.state import State
 
@@ -30,11 +31,17 @@ class OwnHyperparameters(Hyperparameters):
 
     def require_possible(self) -> None:
         """Raise ValueError if a format of states depends on what nobody has said."""
-        if self.rule.nonnegative is None and self.state_dtype not in {"float32", "bfloat16"}:
+        self.formats()
+
+    def formats(self, state_dtype: StateDtype | None = None) -> tuple[str, ...]:
+        """Return the format of each state, or raise ValueError."""
+        asked, rule = self.state_dtype if state_dtype is None else state_dtype, self.rule
+        if rule.states and rule.nonnegative is None and asked not in {"float32", "bfloat16"}:
             raise ValueError(
-                f"state_dtype must be 'float32' or 'bfloat16' for this rule; got {self.state_dtype!r}."
+                f"state_dtype must be 'float32' or 'bfloat16' for this rule; got {asked!r}."
                 " Say which states are never negative: fastadam.own_rule.define(..., nonnegative=[...])."
             )
+        return super().formats(state_dtype)
 
 
 def require_name(name: object) -> None:

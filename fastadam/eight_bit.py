@@ -26,7 +26,7 @@ A scale whose sign is set has something that is not finite in its block: there t
 NaN, the largest code of a second moment (255) is inf, and finite elements reach to the code below.
 
 Scales are at least :math:`2^{-126}` and at most 0x7f088888, the largest of which all codes are finite. That
-of a block that was never stepped is 0, and all of it is zero.
+of a block that was never stepped is 0, and all of it is zero, unless the state begins with another number.
 
 A step of Adam, AMSGrad, NAdam or RAdam first forms the new scales, from the largest magnitude ``G`` of the
 gradients of the block as the rule gets them, in float32 and in this order, with ``up = 1 + 2**-20``,
@@ -52,7 +52,8 @@ these: with ``peak`` the largest magnitude of a state and ``least`` the smallest
     never negative:  peak * (up / top), its bits + 3 without the two lowest
     span = (0x40000000 - bits(least * (1 / scale))) >> 17
 
-both scales at least 2**-126, and coarseness as above. Then it computes them again and stores them.
+both scales at least 2**-126, and coarseness as above, 3 if all are zero. Then it computes them again and
+stores them.
 
 The step computes with the decoded moments; the parameter follows the new ones before they are rounded. A
 number ``x`` becomes, with 32 random bits ``r`` (docs/storage.md), and inverses that are rounded to float32,

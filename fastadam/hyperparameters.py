@@ -216,7 +216,8 @@ class Hyperparameters(ABC):
     def formats(self, state_dtype: precision.StateDtype | None = None) -> tuple[str, ...]:
         """Return the format of each state, or what it would be with another ``state_dtype``."""
         stored = self.state_dtype if state_dtype is None else state_dtype
-        return precision.of_states(self.state, self.rule.nonnegative or (), stored)
+        rule = self.rule
+        return precision.of_states(self.state, rule.nonnegative or (), {*rule.exact, "param_ema"}, stored)
 
     @property
     def stores_plainly(self) -> bool:

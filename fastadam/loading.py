@@ -66,7 +66,7 @@ def scales(entries: Mapping[str, Any], state: str, codes: Buffer, dtype: np.dtyp
         The name of the moment.
     codes : ndarray of uint8, shape (n,)
     dtype : dtype
-        Of the codes in a state: int8 for a first moment, uint8 for a second.
+        Of the codes in a state: int8 with a sign, uint8 without.
 
     Raises
     ------

@@ -133,8 +133,8 @@ def define(
         States that do not begin with 0, and the hyperparameter with which they begin.
     nonnegative : iterable of str, optional
         States that are never negative, as averages of squares: those that ``state_dtype="8bit"`` never rounds
-        to 0, and that the second format of a pair is for. Without it both are refused. A number that is
-        negative all the same is stored as the smallest that is not.
+        to 0, and that the second format of a pair is for. Without it both are refused. In 8 bits, a
+        number that is negative all the same is stored as a positive one.
 
     Returns
     -------

@@ -50,11 +50,13 @@ def pair(stored: StateDtype) -> tuple[str, str]:
     return (stored, stored) if isinstance(stored, str) else stored
 
 
-def of_states(names: Sequence[str], nonnegative: Collection[str], stored: StateDtype) -> tuple[str, ...]:
-    """Return the format of each state, as :mod:`fastadam.formats` has it; an average is never rounded."""
+def of_states(
+    names: Sequence[str], nonnegative: Collection[str], exact: Collection[str], stored: StateDtype
+) -> tuple[str, ...]:
+    """Return the format of each state, as :mod:`fastadam.formats` has it; of ``exact`` ones "float32"."""
     signed, unsigned = pair(stored)
     signed = SIGNED_8BIT if signed == "8bit" else signed
     unsigned = UNSIGNED_8BIT if unsigned == "8bit" else unsigned
     return tuple(
-        "float32" if name == "param_ema" else unsigned if name in nonnegative else signed for name in names
+        "float32" if name in exact else unsigned if name in nonnegative else signed for name in names
     )

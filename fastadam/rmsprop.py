@@ -22,9 +22,17 @@ _COLUMNS = (LR, number("alpha"), one_minus("alpha"), number("eps"))
 _RANGES = (in_range("eps", "eps"),)
 _WITH_MOMENTUM = (*_RANGES, in_range("momentum", "momentum"))
 _ZERO, _MOMENTUM = Constant(_nothing, ()), number("momentum")
+_EXACT = frozenset({"square_avg", "grad_avg"})
+"""Of which the variance is the difference: less than 0 soon, were they rounded to less than float32."""
 _RULES = {
     (False, False): Rule(relatives.RMSprop, ("square_avg",), _COLUMNS, _RANGES),
-    (True, False): Rule(relatives.CenteredRMSprop, ("square_avg", "grad_avg"), (*_COLUMNS, _ZERO), _RANGES),
+    (True, False): Rule(
+        relatives.CenteredRMSprop,
+        ("square_avg", "grad_avg"),
+        (*_COLUMNS, _ZERO),
+        _RANGES,
+        exact=_EXACT,
+    ),
     (False, True): Rule(
         relatives.MomentumRMSprop, ("square_avg", "momentum_buffer"), (*_COLUMNS, _MOMENTUM), _WITH_MOMENTUM
     ),
@@ -33,6 +41,7 @@ _RULES = {
         ("square_avg", "momentum_buffer", "grad_avg"),
         (*_COLUMNS, _ZERO, _MOMENTUM),
         _WITH_MOMENTUM,
+        exact=_EXACT,
     ),
 }
 """By whether it is centered, and whether it has momentum."""
@@ -75,7 +84,8 @@ class FusedRMSprop(HasEps, HasMomentum, FusedOptimizer):
         How much of the last update is in the next one, at least 0; with 0 no memory is kept for it.
     centered : bool, default False
         Divide by the root of the variance of the gradient, not of its square. Where rounding makes that less
-        than 0, it is 0; PyTorch's parameter becomes NaN.
+        than 0, it is 0; PyTorch's parameter becomes NaN. ``square_avg`` and ``grad_avg`` are kept in float32,
+        whatever ``state_dtype`` is: they differ by little.
     maximize : bool, default False
         Ascend: the gradient is negated, before any weight decay.
     **options

@@ -89,6 +89,8 @@ class Rule:
         States that do not begin with 0, and the number that they begin with.
     nonnegative : frozenset of str or None
         States that are never negative, which have a format of 8 bits of their own; None if nobody knows.
+    exact : frozenset of str
+        States that are never stored in less than the dtype of the arithmetic.
     """
 
     coefficients: type
@@ -97,6 +99,7 @@ class Rule:
     ranges: tuple[Range, ...] = ()
     start: Mapping[str, str] = field(default_factory=dict)
     nonnegative: frozenset[str] | None = NONNEGATIVE
+    exact: frozenset[str] = frozenset()
 
     __hash__ = object.__hash__
 

@@ -103,7 +103,7 @@ class Tunables(ABC):
 
     @property
     def state_dtype(self) -> StateDtype:
-        """How the moments are stored: a format, or one for each."""
+        """How the states are stored: a format, or one for those with a sign and one for the others."""
         return self._hyperparameters.state_dtype
 
     @property

@@ -89,7 +89,7 @@ template <class How> DEVICE void encode(Real number, Unsigned& to, How how, cons
     const unsigned bits = bits_of(scaled);
     const bool is_more = static_cast<int>(bits) > static_cast<int>(view.least);
     unsigned code = ((is_more ? bits : view.least) + highest(how, view.new_shift)) >> view.new_shift;
-    if (bits_of(number) == 0) code = 0;
+    if ((bits_of(number) & MAGNITUDE) == 0) code = 0;
     if (clamps) code = clamped(code, number, scaled, 255);
     to.code = static_cast<unsigned char>(code);
 }

@@ -116,7 +116,7 @@ def encode_unsigned(builder: Any, number: Any, view: Unsigned, random: Any, clam
     raised = builder.select(builder.icmp_signed(">", bits, view.least), bits, view.least)
     share = builder.lshr(random, builder.sub(_INT(32), view.new_shift))
     code = builder.lshr(builder.add(raised, share), view.new_shift)
-    code = build.choose("==", build.of(number), 0, _INT(0), code)
+    code = build.choose("==", build.masked(build.of(number), ABS), 0, _INT(0), code)
     if clamped is not None:
         limited = builder.select(builder.fcmp_unordered("uge", scaled, _FLOAT(LARGEST)), _INT(254), code)
         is_finite = builder.icmp_unsigned("<", build.masked(build.of(number), ABS), _INT(INF))

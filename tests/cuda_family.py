@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from block_cases import ODD, assert_same_state
-from own_rules import FusedYogi
+from own_rules import FusedTriple, FusedYogi
 from phase_cases import pairwise
 from storage_cases import encoded
 from tolerances import assert_same_bits
@@ -114,17 +114,17 @@ _OF_RULES_IN_8_BITS = {
     "nesterov": {"more": {"rounding": "nearest"}},
     "adagrad": {"units": "telemetry"},
     "rmsprop": {"ema_decay": 0.9, "more": {"rounding": "nearest"}},
-    "rmsprop-centered": {"more": {"state_dtype": ("bfloat16", "8bit")}},
-    "rmsprop-momentum": {"units": "segments", "more": {"state_dtype": ("8bit", "float32")}},
+    "rmsprop-momentum": {"units": "segments", "more": {"state_dtype": ("8bit", "bfloat16")}},
     "rmsprop-centered-momentum": {"units": "segments", "capturable": True},
     "adadelta": {"units": "segments", "more": {"rounding": "nearest", "zero_grads": True}},
-    "yogi": {},
+    "yogi": {"more": {"state_dtype": ("bfloat16", "8bit")}},
+    "triple": {"units": "segments", "more": {"maximize": True}},
 }
 IN_8_BITS = [{**_8BIT, "rule": rule, **case} for rule, case in _OF_RULES_IN_8_BITS.items()]
 """States in 8 bits of every rule of which the new ones are computed before a block has its scale."""
 
-OWN = {"yogi": Member(FusedYogi, {})}
-"""A state with a sign, and one that is said to be never negative."""
+OWN = {"yogi": Member(FusedYogi, {}), "triple": Member(FusedTriple, {})}
+"""Of states with a sign, and said to be never negative, at other places than the others have them."""
 
 
 class Pair:

@@ -36,18 +36,20 @@ def yogi(param, grad, state, c):
     return param - c.step_size * (exp_avg / denom), (exp_avg, variance)
 
 
+YOGI_FORMULAS = {
+    "step_size": own_rule.lr_over(own_rule.bias_correction("beta1")),
+    "one_minus_beta1": lambda beta1: 1 - beta1,
+    "one_minus_beta2": lambda beta2: 1 - beta2,
+    "inv_bias_correction2": own_rule.per_step(own_rule.inverse_bias_correction("beta2")),
+}
+
 FusedYogi = own_rule.define(
     "FusedYogi",
     yogi,
     Yogi,
     states=["exp_avg", "variance"],
     hyperparameters={"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "initial": 1e-6},
-    formulas={
-        "step_size": own_rule.lr_over(own_rule.bias_correction("beta1")),
-        "one_minus_beta1": lambda beta1: 1 - beta1,
-        "one_minus_beta2": lambda beta2: 1 - beta2,
-        "inv_bias_correction2": own_rule.per_step(own_rule.inverse_bias_correction("beta2")),
-    },
+    formulas=YOGI_FORMULAS,
     ranges={"initial": (0.0, math.inf)},
     start={"variance": "initial"},
     nonnegative=["variance"],
@@ -67,6 +69,34 @@ def yogi_in_numpy(params, gradients, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-3, 
         variance = variance - number(1 - beta2) * (np.sign(variance - square) * square)
         params = params - step_size * (exp_avg / (np.sqrt(variance * inverse) + number(eps)))
     return params, exp_avg, variance
+
+
+class Triple(NamedTuple):
+    step_size: float
+    beta: float
+    one_minus_beta: float
+    eps: float
+
+
+def triple(param, grad, state, c):
+    """A state that is never negative before two with a sign."""
+    largest, momentum, slow = state
+    faded, present = c.beta * largest, own_rule.magnitude(grad)
+    largest = faded if faded > present else present  # noqa: FURB136 - a rule has no max
+    momentum = c.beta * momentum + grad / (largest + c.eps)
+    slow = own_rule.moving_average(slow, momentum, c.beta, c.one_minus_beta)
+    return param - c.step_size * (momentum + slow), (largest, momentum, slow)
+
+
+FusedTriple = own_rule.define(
+    "FusedTriple",
+    triple,
+    Triple,
+    states=["largest", "momentum", "slow"],
+    hyperparameters={"lr": 0.01, "beta": 0.9, "eps": 1e-3},
+    formulas={"one_minus_beta": lambda beta: 1 - beta},
+    nonnegative=["largest"],
+)
 
 
 class Tiger(NamedTuple):

@@ -58,10 +58,7 @@ class literal_storage:  # noqa: N801
 
     def __init__(self, params, h=None, **options):
         self.h = h or AdamHyperparameters(**options)
-        stored = self.h.state_dtype
-        first, second = (stored,) * 2 if isinstance(stored, str) else stored
-        kinds = {"exp_avg": first, "param_ema": "float32"}
-        self.kinds = [kinds.get(name, second) for name in self.h.state]
+        self.kinds = self.h.formats()
         self.dtype = params.dtype
         self.exact = params.astype(np.float32)
         states = initial_states(self.h, self.exact)

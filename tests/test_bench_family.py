@@ -67,7 +67,7 @@ def test_wrong_steps_are_refused(name: str) -> None:
         family_peers.check(FAMILY[name], "it", wrong, params, grads)
 
 
-@pytest.mark.parametrize("name", [name for name, one in FAMILY.items() if one.states])
+@pytest.mark.parametrize("name", [name for name, one in FAMILY.items() if one.stored])
 def test_wrong_steps_of_stored_states_are_refused(name: str) -> None:
     """Steps that are 1 % too long, of Lion's signs 10 %: no element shows it."""
     pytest.importorskip("torch")

@@ -15,12 +15,13 @@ import own_rules
 import pytest
 from eight_bit_steps import literal_blocks
 from oracles import interpret_steps
-from own_rules import FusedTiger, FusedYogi, yogi_in_numpy
+from own_rules import FusedTiger, FusedTriple, FusedYogi, yogi_in_numpy
 from tolerances import assert_same_bits
 
 import fastadam
 from fastadam import Segment, own_rule
 from fastadam.formulas import column_of
+from fastadam.hyperparameters import Hyperparameters
 from fastadam.kernels import cpu, rules, threads
 from fastadam.kernels.translation import translate
 
@@ -179,18 +180,44 @@ def test_bf16_states(rng):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-def test_states_in_8_bits(rng, rounding):
-    """What is said to be never negative never becomes 0; all else follows the format."""
+@pytest.mark.parametrize("make", [FusedYogi, FusedTriple], ids=lambda make: make.__name__)
+def test_states_in_8_bits(rng, make, rounding):
+    """What is said to be never negative is 0 only where it is; all else follows the format.
+
+    Turned around, gradients of 0 are -0, as are their magnitudes then.
+    """
     params, gradients = numbers(rng, 300, 6)
     segments = (Segment(30, 60, frozen=True), Segment(60, 90, lr=0.1))
-    opt = FusedYogi(state_dtype="8bit", rounding=rounding, segments=segments)
+    opt = make(state_dtype="8bit", rounding=rounding, segments=segments, maximize=True)
     expected = literal_blocks(params, segments, opt._hyperparameters)
     for k, grads in enumerate(gradients):
         opt.step(params, grads)
         expected.step(grads)
         expected.assert_same(opt, params, assert_same_bits, k)
-    assert (opt.state.variance > 0).all()
-    assert (opt.state.exp_avg < 0).any()
+    never_negative, with_a_sign, *_ = sorted(opt.state.arrays, key=np.min, reverse=True)
+    zero = (gradients == 0).all(axis=0) | ((np.arange(300) >= 30) & (np.arange(300) < 60))
+    np.testing.assert_array_equal(never_negative == 0, zero & (make is FusedTriple))
+    assert (with_a_sign < 0).any()
+
+
+def test_what_is_never_negative_must_be_known(rng):
+    """A definition that does not say it cannot read what another one has saved."""
+    first = FusedYogi(state_dtype="8bit")
+    first.step(np.ones(8, np.float32), rng.standard_normal(8).astype(np.float32))
+    told = first.state_dict()
+    undefined = own_rule.define(
+        "FusedYogi",
+        own_rules.yogi,
+        own_rules.Yogi,
+        states=["exp_avg", "variance"],
+        hyperparameters={"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "initial": 1e-6},
+        formulas=own_rules.YOGI_FORMULAS,
+    )
+    Hyperparameters.KINDS["FusedYogi"] = FusedYogi.HYPERPARAMETERS
+    opt = undefined()
+    with pytest.raises(ValueError, match="must be 'float32' or 'bfloat16' for this rule; got '8bit'"):
+        opt.load_state_dict(told)
+    assert opt.state.step == 0
 
 
 def test_stochastic_rounding_knows_no_splits(rng):

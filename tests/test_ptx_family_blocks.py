@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from block_cases import ODD, assert_same_state, gradients_of
 from cuda_builds import BACKENDS, SM_80, SM_90, SM_100
-from cuda_family import FAMILY
+from cuda_family import FAMILY, OWN
 from ptx import Program, count
 from storage_cases import DTYPES, encoded
 from stored_gpu import StoredGpu, kernel_of, program, ptx_of, use
@@ -46,8 +46,9 @@ CASES = {
     "momentum": {"segments": CUTS, "rounding": "nearest"},
     "lion": {"telemetry": True},
     "rmsprop-momentum": {"state_dtype": ("8bit", "bfloat16"), "params": "bfloat16"},
-    "rmsprop-centered-momentum": {**WHOLE, "segments": CUTS},
-    "rmsprop-centered": {"state_dtype": ("bfloat16", "8bit"), "telemetry": True},
+    "triple": {**WHOLE, "segments": CUTS},
+    "rmsprop-centered-momentum": {"telemetry": True},
+    "yogi": {"state_dtype": ("bfloat16", "8bit"), "telemetry": True},
     "adamax": {"segments": CUTS, "telemetry": True, "rounding": "nearest"},
     "nesterov": {"capturable": True},
     "rmsprop": {"segments": CUTS},
@@ -55,6 +56,8 @@ CASES = {
     "nadam": {"segments": CUTS},
 }
 """Of each rule a case: states with a sign and without, at every place."""
+
+MEMBERS = FAMILY | OWN
 
 FEW = list(CASES)[:6]
 """Those of Numba, which takes seconds to compile each: codes of both kinds at two places, three states."""
@@ -75,8 +78,8 @@ def assert_runs(monkeypatch, rng, backend, rule, programs=program, *, size=N, st
         return programs(backend, entry, types)
 
     use(monkeypatch, gpu := StoredGpu(backend, programs_of))
-    cpu = FAMILY[rule](backend="cpu", **options)
-    device = FAMILY[rule](backend=backend, capturable=capturable, **options)
+    cpu = MEMBERS[rule](backend="cpu", **options)
+    device = MEMBERS[rule](backend=backend, capturable=capturable, **options)
     params = encoded(rng.standard_normal(size).astype("f4"), kind)
     buffer = gpu.put(params)
     out = None if copy is None else np.zeros(size, DTYPES[copy])
@@ -149,7 +152,7 @@ def test_registers_suffice_elsewhere(capability):
     """Of the rule with the most states, and with all else that there is."""
     flags = {"state_dtype": "8bit", "master_params": "split", "ema_decay": 0.9, "weight_decay": 0.1}
     flags |= {"max_grad_norm": 1.0, "max_grad_value": 1.0, "zero_grads": True}
-    h = FAMILY["rmsprop-centered-momentum"](**flags)._hyperparameters
+    h = MEMBERS["triple"](**flags)._hyperparameters
     c = Coefficients(h, np.dtype(np.float32))
     types = c.scaled_types._replace(stored=device_stored.types_of(h, formats.BFLOAT16))
     for entry in ("step", "step_captured", "step_units", "step_units_observed", "step_across"):
