@@ -131,6 +131,7 @@ def make_step_block(kinds: KernelTypes, of: Elements, *, units: bool) -> tuple[A
                 seen = step_of(source, of_piece, (arrays, i, b, rounding, views, checks, seen))
             found = np.uint32(found | largest(arrays, first_of(a, origin), b))
         found = _all_bits_of_warp(found)
+        cuda.syncwarp()  # an exchange orders no accesses to memory
         if lane == 0:
             set_scales(states, scales, number, bounds, views, np.uint32(0) if is_finite else found)
         return seen
