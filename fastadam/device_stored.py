@@ -53,11 +53,12 @@ def _types_of(
 ) -> StoredTypes:
     stored.require_possible(h, params)
     rounds = stored.rounds_at_random(h, params)
-    return _types(h.formats(), stored.master_of(h), params, grads, out, rounds)
+    return _types(h.state, h.formats(), stored.master_of(h), params, grads, out, rounds)
 
 
 @lru_cache(maxsize=64)
 def _types(
+    names: tuple[str, ...],
     kinds: tuple[str, ...],
     master: str | None,
     params: np.dtype[Any],
@@ -65,7 +66,7 @@ def _types(
     out: np.dtype[Any] | None,
     rounds: bool,
 ) -> StoredTypes:
-    _, dtypes = kept(kinds, kinds, master, formats.math_of(params))
+    _, dtypes = kept(names, kinds, master, formats.math_of(params))
     states, (of_master,) = dtypes[: len(kinds)], dtypes[len(kinds) :] or (None,)
     return StoredTypes(params, grads, states, of_master, out, rounds)
 

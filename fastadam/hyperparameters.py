@@ -217,7 +217,7 @@ class Hyperparameters(ABC):
         """Return the format of each state, or what it would be with another ``state_dtype``."""
         stored = self.state_dtype if state_dtype is None else state_dtype
         rule = self.rule
-        return precision.of_states(self.state, rule.nonnegative or (), {*rule.exact, "param_ema"}, stored)
+        return precision.of_states(self.state, rule.nonnegative or frozenset(), rule.exact, stored)
 
     @property
     def stores_plainly(self) -> bool:

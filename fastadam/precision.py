@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from fastadam.checks import count
 
@@ -50,13 +50,18 @@ def pair(stored: StateDtype) -> tuple[str, str]:
     return (stored, stored) if isinstance(stored, str) else stored
 
 
+@lru_cache(maxsize=64)
 def of_states(
-    names: Sequence[str], nonnegative: Collection[str], exact: Collection[str], stored: StateDtype
+    names: tuple[str, ...], nonnegative: frozenset[str], exact: frozenset[str], stored: StateDtype
 ) -> tuple[str, ...]:
-    """Return the format of each state, as :mod:`fastadam.formats` has it; of ``exact`` ones "float32"."""
+    """Return the format of each state, as :mod:`fastadam.formats` has it.
+
+    Of ``exact`` ones, and of an average, which is never rounded, it is "float32".
+    """
     signed, unsigned = pair(stored)
     signed = SIGNED_8BIT if signed == "8bit" else signed
     unsigned = UNSIGNED_8BIT if unsigned == "8bit" else unsigned
+    never_rounded = exact | {"param_ema"}
     return tuple(
-        "float32" if name in exact else unsigned if name in nonnegative else signed for name in names
+        "float32" if name in never_rounded else unsigned if name in nonnegative else signed for name in names
     )

@@ -131,16 +131,21 @@ def test_states_are_rounded_at_random_to_a_neighbour(rng, name):
 def test_shards_have_the_bits_of_the_whole(rng, name):
     """Stochastic rounding of parameters and of states, by the index in the whole."""
     params = encoded(rng.standard_normal(300), "bfloat16")
-    gradients = [rng.standard_normal(300).astype(np.float32) for _ in range(3)]
+    several = [rng.standard_normal(300).astype(np.float32) for _ in range(3)]
+    assert_shards_are_of_the_whole(name, params, several, 77, "bfloat16")
+
+
+def assert_shards_are_of_the_whole(name, params, several, cut, state_dtype):
+    """Fail unless two shards, cut there, have after a step with each gradient what the whole has."""
 
     def steps(start, stop):
         part = params[start:stop].copy()
-        opt = make(name, state_dtype="bfloat16", seed=5, offset=start)
-        for grads in gradients:
+        opt = make(name, state_dtype=state_dtype, seed=5, offset=start)
+        for grads in several:
             opt.step(part, grads[start:stop])
         return {"params": part, **opt.state.moments}
 
-    whole, parts = steps(0, 300), [steps(0, 77), steps(77, 300)]
+    whole, parts = steps(0, params.size), [steps(0, cut), steps(cut, params.size)]
     for key, value in whole.items():
         assert_same_codes(np.concatenate([part[key] for part in parts]), value, key)
 
@@ -237,17 +242,7 @@ def test_a_rule_without_states_has_nothing_in_8_bits(rng):
 def test_shards_in_8_bits_have_the_bits_of_the_whole(rng, name):
     params = rng.standard_normal(3 * 128 + 40).astype(np.float32)
     several = [gradients(rng, params.size) for _ in range(4)]
-
-    def steps(start, stop):
-        part = params[start:stop].copy()
-        opt = make(name, state_dtype="8bit", seed=5, offset=start)
-        for grads in several:
-            opt.step(part, grads[start:stop])
-        return {"params": part, **opt.state.moments}
-
-    whole, parts = steps(0, params.size), [steps(0, 256), steps(256, params.size)]
-    for key, value in whole.items():
-        assert_same_bits(np.concatenate([part[key] for part in parts]), value, key)
+    assert_shards_are_of_the_whole(name, params, several, 256, "8bit")
 
 
 @pytest.mark.parametrize("name", ["adagrad", "rmsprop-centered-momentum", "adadelta", "momentum"])

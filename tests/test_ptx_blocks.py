@@ -54,20 +54,26 @@ def assert_runs(
     cpu = FusedAdam(backend="cpu", **flags)
     device = FusedAdam(backend=backend, capturable=capturable, **flags)
     params = encoded(rng.standard_normal(size).astype("f4"), case["params"])
+    gradients, scale = gradients_of(rng, size, case["grads"]), case["grad_scale"]
+    assert_same_steps(gpu, cpu, device, params, gradients, case["out"], place, grad_scale=scale)
+    return gpu.launched
+
+
+def assert_same_steps(gpu, cpu, device, params, gradients, copy=None, place=0, **scales):
+    """Step on the CPU and on the device; fail unless all that is written and reported is the same."""
     buffer = gpu.put(params, place)
-    out = None if case["out"] is None else np.zeros(size, DTYPES[case["out"]])
+    out = None if copy is None else np.zeros(params.size, DTYPES[copy])
     there = None if out is None else gpu.put(out, place)
-    for left in gradients_of(rng, size, case["grads"]):
+    for left in gradients:
         sent = gpu.put(left, place)
-        cpu.step(params, left, out=out, grad_scale=case["grad_scale"])
-        device.step(buffer, sent, out=there, grad_scale=case["grad_scale"])
+        cpu.step(params, left, out=out, **scales)
+        device.step(buffer, sent, out=there, **scales)
         assert_same_bits(buffer.host, params, "params")
         assert_same_bits(sent.host, left, "gradients")
         if out is not None:
             assert_same_bits(there.host, out, "out")
         assert_same_state(device.state_dict(), cpu.state_dict())
         assert repr(device.last_step) == repr(cpu.last_step)  # NaN is NaN
-    return gpu.launched
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from block_cases import ODD, assert_same_state, gradients_of
 from cuda_builds import BACKENDS, SM_80, SM_90, SM_100
 from cuda_family import FAMILY, OWN
 from ptx import Program, count
-from storage_cases import DTYPES, encoded
+from storage_cases import encoded
 from stored_gpu import StoredGpu, kernel_of, program, ptx_of, use
-from test_ptx_blocks import HARMLESS, SEEN
-from tolerances import assert_same_bits
+from test_ptx_blocks import HARMLESS, SEEN, assert_same_steps
 
 from fastadam import Segment, device_stored, formats
 from fastadam.coefficients import Coefficients
@@ -81,20 +80,9 @@ def assert_runs(monkeypatch, rng, backend, rule, programs=program, *, size=N, st
     cpu = MEMBERS[rule](backend="cpu", **options)
     device = MEMBERS[rule](backend=backend, capturable=capturable, **options)
     params = encoded(rng.standard_normal(size).astype("f4"), kind)
-    buffer = gpu.put(params)
-    out = None if copy is None else np.zeros(size, DTYPES[copy])
-    there = None if out is None else gpu.put(out)
     gradients = gradients_of(rng, size, kind, steps)
-    for left in [*gradients, gradients[0].copy()]:  # what was not finite stays so by its state alone
-        sent = gpu.put(left)
-        cpu.step(params, left, out=out)
-        device.step(buffer, sent, out=there)
-        assert_same_bits(buffer.host, params, "params")
-        assert_same_bits(sent.host, left, "gradients")
-        if out is not None:
-            assert_same_bits(there.host, out, "out")
-        assert_same_state(device.state_dict(), cpu.state_dict())
-        assert repr(device.last_step) == repr(cpu.last_step)  # NaN is NaN
+    gradients.append(gradients[0].copy())  # what was not finite stays so by its state alone
+    assert_same_steps(gpu, cpu, device, params, gradients, copy)
     return cpu, dict(built)
 
 
